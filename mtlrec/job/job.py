@@ -1,0 +1,183 @@
+"""The job file: YAML in, one strict typed object out, or one line that says what is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from mtlrec.job.describe import describe
+from mtlrec.job.errors import InputError
+from mtlrec.job.model import ModelSection
+from mtlrec.job.optimizer import OptimizerSection
+from mtlrec.job.run import RunSection
+from mtlrec.job.schema import SchemaSection
+from mtlrec.job.section import Section
+
+CPU_TABLE_OPTIMIZERS = ("rowwise_adagrad", "adagrad", "sgd")
+"""The fused optimizers that fbgemm has for CPU."""
+
+
+class DataSection(Section):
+    """What is read, and in which order."""
+
+    train: str
+    """Folder (or file, or URL) of Parquet shards. Relative paths start at the job file's folder."""
+    eval: str | None = None
+    """Folder that the finished model is measured on; null: none."""
+    batch_size: int = Field(default=4096, ge=1)
+    """Rows of one step over all workers: a multiple of `lanes`."""
+    shuffle: bool = True
+    window: int = Field(default=16384, ge=1)
+    """Rows of a lane that are shuffled among themselves (and held in memory)."""
+    lanes: int = Field(default=16, ge=1, le=4096)
+    """Parts that the data is read in side by side; workers are at most as many."""
+    bad_rows: Literal["error"] = "error"
+    """What happens to a row that does not fit the schema."""
+
+    @model_validator(mode="after")
+    def _lanes_divide(self) -> DataSection:
+        if self.batch_size % self.lanes:
+            raise ValueError(f"batch_size: {self.batch_size} is not a multiple of lanes ({self.lanes})")
+        return self
+
+
+class ObjectiveSection(Section):
+    """How the tasks' losses become one."""
+
+    balance: Literal["weights"] = "weights"
+    """weights: the sum of each task's loss times its `weight`."""
+
+
+class Job(Section):
+    """Everything that a run is. Identity is all of it but `run`."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)
+    """Names the run's folder."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Starting weights and order of the rows follow from it."""
+    schema_: SchemaSection = Field(alias="schema")
+    data: DataSection
+    model: ModelSection = ModelSection()
+    objective: ObjectiveSection = ObjectiveSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    init: None = None
+    """The starting point; null: from scratch."""
+    run: RunSection = RunSection()
+
+    @model_validator(mode="after")
+    def _device_supports(self) -> Job:
+        kind, device = self.optimizer.tables.kind, self.run.device
+        if device == "cpu" and kind not in CPU_TABLE_OPTIMIZERS:
+            raise ValueError(
+                f"optimizer.tables.kind: {kind!r} runs on CUDA only; on run.device cpu use one of "
+                + ", ".join(CPU_TABLE_OPTIMIZERS)
+            )
+        if device == "cpu" and self.model.precision != "float32":
+            raise ValueError("model.precision: bfloat16 runs on CUDA only; on run.device cpu use float32")
+        if self.run.workers > self.data.lanes:
+            raise ValueError(
+                f"run.workers: {self.run.workers} is more than data.lanes ({self.data.lanes}); "
+                "use fewer workers, or more lanes from the run's start"
+            )
+        sharding = self.run.sharding
+        kinds = set(sharding.values()) if isinstance(sharding, dict) else {sharding}
+        if "column_wise" in kinds and kind not in ("adagrad", "sgd", "adam"):
+            raise ValueError(
+                f"run.sharding: column_wise needs a table optimizer with element-wise state "
+                f"(adagrad, sgd, adam), not {kind}: a row-wise state would differ between columns"
+            )
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved job as plain JSON data, every default written out."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def identity(self) -> str:
+        """Hash of everything but `run`: two jobs with one identity may share a run's checkpoints."""
+        body = {key: value for key, value in self.to_dict().items() if key != "run"}
+        text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def parse_job(text: str, where: str, overrides: list[str] | None = None) -> Job:
+    """YAML `text` (from the file or URL `where`) with `--set` overrides -> Job, or InputError in one line."""
+    try:
+        raw = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise InputError(f"{where}: not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{where}: a job is a mapping with the sections name, schema, data, ...")
+    for override in overrides or []:
+        _override(raw, override)
+    return job_from_dict(raw, where)
+
+
+def job_from_dict(raw: dict[str, Any], where: str) -> Job:
+    """Plain data -> Job, or InputError that names the first wrong field, its value and what is allowed."""
+    try:
+        # JSON mode, so that a list may stand for a tuple while numbers and strings stay strict.
+        return Job.model_validate_json(json.dumps(raw, default=str))
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+        raise InputError(f"{where}: {describe(details[0], raw, Job)}{more}") from None
+
+
+def job_json_schema() -> dict[str, Any]:
+    """The JSON schema of a job file, for editors."""
+    return Job.model_json_schema(by_alias=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice, and reads 1e-3 as the number it is."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, list | dict):
+                raise yaml.constructor.ConstructorError(None, None, "a key is a word", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _install_float_resolver() -> None:
+    _Loader.yaml_implicit_resolvers = {
+        first: list(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    # A word of digits alone stays an integer: ask for a point or an exponent.
+    pattern = re.compile(r"^[-+]?((\d+\.\d*|\.\d+)([eE][-+]?\d+)?|\d+[eE][-+]?\d+)$")
+    _Loader.add_implicit_resolver("tag:yaml.org,2002:float", pattern, list("-+0123456789."))
+
+
+_install_float_resolver()
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    """Apply one `a.b=c` in place; the value is read as YAML."""
+    path, equals, value = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise InputError(f"--set {override}: expected a.b=value, such as --set optimizer.dense.lr=0.001")
+    node = raw
+    for depth, key in enumerate(keys[:-1]):
+        child = node.get(key)
+        if child is None:
+            child = node[key] = {}
+        if not isinstance(child, dict):
+            at = ".".join(keys[: depth + 1])
+            raise InputError(f"--set {override}: {at} is {child!r}, not a section with fields")
+        node = child
+    try:
+        node[keys[-1]] = yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError:
+        raise InputError(f"--set {override}: the value is not valid YAML") from None
