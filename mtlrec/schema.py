@@ -72,6 +72,8 @@ class Column:
     holds: Literal["id", "id_list", "number", "vector", "label", "scenario", "anything"]
     where: str
     """The job's field that asks for it, for messages."""
+    identity: bool = False
+    """The ids are rows of a table, and so must be integers."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,12 @@ class Schema:
     def columns(self, labels: bool = True) -> tuple[Column, ...]:
         """Every column that has to be read; `labels=False` for prediction, where labels need not exist."""
         found = [
-            Column(f.column, "number" if f.source == "bucket" else f.source, f"schema.features.{f.name}")
+            Column(
+                f.column,
+                "number" if f.source == "bucket" else f.source,
+                f"schema.features.{f.name}",
+                f.source != "bucket" and self.table_of[f.table].ids == "identity",
+            )
             for f in self.id_features
             if f.source != "scenario"
         ]

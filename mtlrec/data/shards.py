@@ -1,0 +1,285 @@
+"""The Parquet shards of a data set: what is there, whether it fits the schema, and reading one row group.
+
+G row groups that hold rows, in the order of their shard's relative path and their place in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mtlrec import storage
+from mtlrec.data import column_types
+from mtlrec.job.errors import InputError
+from mtlrec.schema import Column
+
+_TAIL_BYTES = 64 * 2**10
+"""First read of a shard: holds most footers whole."""
+_THREADS = 16
+_GAP_BYTES = 2**20
+"""Column chunks of one row group that lie closer than this are fetched in one request."""
+_OPEN_FOOTERS = 64
+"""Footers kept parsed: more shards than that are seldom read side by side."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file."""
+
+    path: str
+    """Relative to the data set's folder."""
+    url: str
+    size: int
+    """Bytes."""
+    groups: tuple[int, ...]
+    """Rows of each row group."""
+    digest: str
+    """Of the footer: it has the schema and, of every column chunk, the place, size and statistics."""
+
+    @property
+    def rows(self) -> int:
+        return sum(self.groups)
+
+
+@dataclass
+class Dataset:
+    """Shards with their row groups numbered through. Reading is safe from several threads."""
+
+    url: str
+    shards: tuple[Shard, ...]
+    group_shard: npt.NDArray[np.int64]
+    """[G] Number of its shard."""
+    group_index: npt.NDArray[np.int64]
+    """[G] Its number in that shard."""
+    group_rows: npt.NDArray[np.int64]
+    """[G] Its rows, at least one."""
+    group_start: npt.NDArray[np.int64]
+    """[G] Number of its first row in the whole data set."""
+    rows: int
+    fingerprint: str
+    """Of names below the folder, sizes and footers: a copy elsewhere has the same."""
+    types: dict[str, str]
+    """Arrow type of each column that was asked for, as the first shard has it."""
+    _footers: OrderedDict[int, pq.FileMetaData] = field(default_factory=OrderedDict, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @classmethod
+    def open(cls, url: str, columns: Sequence[Column]) -> Dataset:
+        """List the shards in a folder (or take one file), read their footers, check the columns' types.
+
+        Every file counts but those under a name that begins with _ or a dot. Raises InputError, in one line, for a missing or
+        empty folder, no rows, a file that is not Parquet, and, naming file and column, a column that is
+        missing or of a type that it may not have.
+        """
+        url = storage.make_absolute(url, ".")
+        files = [file for file in storage.list_files(url) if not _is_hidden(file.path)]
+        if not files:
+            found = storage.exists(url)
+            raise InputError(
+                f"{url}: "
+                + ("no Parquet files here" if found else "no such folder or file")
+                + "; data is a folder of Parquet shards (names that begin with _ or . are passed over)"
+            )
+        with ThreadPoolExecutor(min(_THREADS, len(files))) as pool:
+            footers = list(pool.map(_read_footer, files))
+        first = footers[0][0]
+        schema = column_types.arrow_schema(first, files[0].url)
+        column_types.check(schema, files[0].url, columns)
+        for file, (footer, _) in zip(files[1:], footers[1:], strict=True):
+            if not footer.schema.equals(first.schema):
+                other = column_types.arrow_schema(footer, file.url)
+                column_types.check(other, file.url, columns)
+                column_types.check_alike(schema, files[0].url, other, file.url, columns)
+        shards = tuple(
+            Shard(
+                file.path,
+                file.url,
+                file.size,
+                tuple(footer.row_group(group).num_rows for group in range(footer.num_row_groups)),
+                digest,
+            )
+            for file, (footer, digest) in zip(files, footers, strict=True)
+        )
+        places = [
+            (number, group, rows)
+            for number, shard in enumerate(shards)
+            for group, rows in enumerate(shard.groups)
+            if rows
+        ]
+        if not places:
+            raise InputError(f"{url}: the shards hold no rows ({len(shards)} files)")
+        group_shard, group_index, group_rows = np.array(places, dtype=np.int64).T.copy()
+        ends = np.cumsum(group_rows)
+        return cls(
+            url,
+            shards,
+            group_shard,
+            group_index,
+            group_rows,
+            ends - group_rows,
+            int(ends[-1]),
+            _fingerprint(shards),
+            {column.name: str(schema.field(column.name).type) for column in columns},
+        )
+
+    def index(self) -> dict[str, Any]:
+        """Plain JSON data, kept with a run, that `describe_change` explains a later difference by."""
+        return {
+            "url": self.url,
+            "fingerprint": self.fingerprint,
+            "rows": self.rows,
+            "shards": [
+                {"path": shard.path, "size": shard.size, "rows": shard.rows, "digest": shard.digest}
+                for shard in self.shards
+            ],
+        }
+
+    def describe_change(self, index: dict[str, Any]) -> str:
+        """What is different now from an earlier `index()`, in one line; "" where nothing is."""
+        before = {shard["path"]: shard for shard in index["shards"]}
+        now = {shard.path: shard for shard in self.shards}
+        both = [path for path in now if path in before]
+        changed = [
+            path
+            for path in both
+            if (now[path].size, now[path].digest) != (before[path]["size"], before[path]["digest"])
+        ]
+        parts = [
+            _names("added", [path for path in now if path not in before]),
+            _names("removed", [path for path in before if path not in now]),
+            _names("changed", changed),
+        ]
+        if not any(parts):
+            return ""
+        rows = f"{index['rows']:,} rows before, {self.rows:,} now"
+        return f"{'; '.join(part for part in parts if part)} ({rows})"
+
+    def read_group(self, group: int, columns: Sequence[str]) -> pa.Table:
+        """Row group `group` (0 <= group < G) with just these columns, strings as dictionaries.
+
+        Opens, reads and closes the file, on the calling thread. Raises InputError naming file and row group
+        where it is corrupt, changed or gone, and naming the column where the file has none of that name.
+        """
+        number, index = int(self.group_shard[group]), int(self.group_index[group])
+        shard = self.shards[number]
+        try:
+            footer = self._footer(number)
+            schema = column_types.arrow_schema(footer, shard.url)
+            for column in columns:
+                column_types.find(schema, shard.url, column)
+            leaves, text = column_types.leaves_of(footer, schema, set(columns))
+            ranges = [] if storage.local_path(shard.url) else _ranges(footer.row_group(index), leaves)
+            with (
+                storage.open_parquet_input(shard.url, ranges, shard.size) as source,
+                pq.ParquetFile(
+                    source,
+                    metadata=footer,
+                    read_dictionary=text,
+                    page_checksum_verification=True,
+                ) as file,
+            ):
+                if source.size() != shard.size:
+                    raise InputError(f"{shard.url}: {_CHANGED}")
+                table = file.read_row_group(index, columns=list(columns), use_threads=False)
+        except FileNotFoundError:
+            raise InputError(f"{shard.url}: {_CHANGED}") from None
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(
+                f"{shard.url}: row group {index} is corrupt: {error}; replace the file"
+            ) from error
+        if table.num_rows != shard.groups[index]:
+            raise InputError(
+                f"{shard.url}: row group {index} is corrupt: {table.num_rows} rows; replace the file"
+            )
+        return table
+
+    def _footer(self, number: int) -> pq.FileMetaData:
+        with self._lock:
+            if number in self._footers:
+                self._footers.move_to_end(number)
+                return self._footers[number]
+        shard = self.shards[number]
+        if storage.size(shard.url) != shard.size:
+            raise InputError(f"{shard.url}: {_CHANGED}")
+        footer, digest = _read_footer(storage.File(shard.path, shard.url, shard.size))
+        if digest != shard.digest:
+            raise InputError(f"{shard.url}: {_CHANGED}")
+        with self._lock:
+            self._footers[number] = footer
+            while len(self._footers) > _OPEN_FOOTERS:
+                self._footers.popitem(last=False)
+        return footer
+
+
+_CHANGED = "this shard was changed or removed while it was in use; start again on data that stays as it is"
+
+
+def _is_hidden(path: str) -> bool:
+    return any(part.startswith(("_", ".")) for part in path.split("/"))
+
+
+def _read_footer(file: storage.File) -> tuple[pq.FileMetaData, str]:
+    """The parsed footer and its digest, in one ranged read, or two where the footer is long."""
+    with contextlib.suppress(FileNotFoundError):
+        tail = storage.read(file.url, max(file.size - _TAIL_BYTES, 0), file.size)
+        if tail[-4:] == b"PARE":
+            raise InputError(f"{file.url}: encrypted Parquet is not supported; write it without encryption")
+        if len(tail) < 12 or tail[-4:] != b"PAR1":
+            raise InputError(
+                f"{file.url}: not a Parquet file, or cut short ({file.size} bytes); replace it, or move it "
+                "out (names that begin with _ or . are passed over)"
+            )
+        length = int.from_bytes(tail[-8:-4], "little") + 8
+        if len(tail) < length <= file.size:
+            tail = storage.read(file.url, file.size - length, file.size)
+        try:
+            footer = pq.read_metadata(pa.BufferReader(tail[-length:]))
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(
+                f"{file.url}: the Parquet footer is corrupt: {error}; replace the file"
+            ) from error
+        return footer, hashlib.blake2b(tail[-length:], digest_size=16).hexdigest()
+    raise InputError(f"{file.url}: {_CHANGED}")
+
+
+def _fingerprint(shards: Sequence[Shard]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for shard in shards:
+        digest.update(f"{shard.path}\0{shard.size}\0{shard.groups}\0{shard.digest}\n".encode())
+    return digest.hexdigest()
+
+
+def _ranges(group: pq.RowGroupMetaData, leaves: Sequence[int]) -> list[tuple[int, int]]:
+    """Byte ranges [start, end) of some column chunks of a row group, neighbours joined."""
+    chunks = []
+    for leaf in leaves:
+        chunk = group.column(leaf)
+        start = chunk.data_page_offset
+        if chunk.has_dictionary_page and chunk.dictionary_page_offset:
+            start = min(start, chunk.dictionary_page_offset)
+        chunks.append((start, start + chunk.total_compressed_size))
+    joined: list[tuple[int, int]] = []
+    for start, end in sorted(chunks):
+        if joined and start - joined[-1][1] <= _GAP_BYTES:
+            joined[-1] = joined[-1][0], max(end, joined[-1][1])
+        else:
+            joined.append((start, end))
+    return joined
+
+
+def _names(what: str, paths: Sequence[str], most: int = 3) -> str:
+    if not paths:
+        return ""
+    more = f" and {len(paths) - most} more" if len(paths) > most else ""
+    return f"{len(paths)} {what}: {', '.join(paths[:most])}{more}"
