@@ -78,9 +78,9 @@ class Dataset:
     def open(cls, url: str, columns: Sequence[Column]) -> Dataset:
         """List the shards in a folder (or take one file), read their footers, check the columns' types.
 
-        Every file counts but those under a name that begins with _ or a dot. Raises InputError, in one line, for a missing or
-        empty folder, no rows, a file that is not Parquet, and, naming file and column, a column that is
-        missing or of a type that it may not have.
+        Every file counts but those under a name that begins with _ or a dot. Raises InputError, in one line,
+        for a missing or empty folder, no rows, a file that is not Parquet, and, naming file and column, a
+        column that is missing or of a type that it may not have.
         """
         url = storage.make_absolute(url, ".")
         files = [file for file in storage.list_files(url) if not _is_hidden(file.path)]

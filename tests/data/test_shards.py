@@ -8,9 +8,9 @@ import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from decimal import Decimal
 from itertools import chain
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
