@@ -95,7 +95,7 @@ class NumberFeature(Section):
         if self.boundaries is not None and any(
             high <= low for low, high in zip(self.boundaries, self.boundaries[1:], strict=False)
         ):
-            raise ValueError("boundaries must increase")
+            raise ValueError("boundaries: they must increase")
         return self
 
 

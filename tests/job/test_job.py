@@ -180,7 +180,7 @@ def test_paths_start_at_the_job_file_and_overridden_ones_at_the_current_folder(
 def test_a_missing_job_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none\.yaml: there is no such job file"):
         read_job(str(tmp_path / "none.yaml"), [])
-    with pytest.raises(InputError, match="not a job file"):
+    with pytest.raises(InputError, match="Is a directory"):
         read_job(str(tmp_path), [])
 
 

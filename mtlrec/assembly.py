@@ -1,0 +1,125 @@
+"""Job and starting point -> sharded model and optimizers. Everyone who needs a model gets it here.
+
+T tasks.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import torch
+
+from mtlrec import storage
+from mtlrec.batch import Batch
+from mtlrec.checkpoint.load import load_dense, load_tables
+from mtlrec.checkpoint.manifest import Manifest, broken, check_tables
+from mtlrec.distributed import World, broadcast_bytes
+from mtlrec.job.job import Job
+from mtlrec.lockstep import Totals, together
+from mtlrec.model.model import build_model
+from mtlrec.objective.objective import Objective
+from mtlrec.optimizers import DenseOptimizer
+from mtlrec.schema import Schema
+from mtlrec.sharding import ShardedModel, initialise_tables, local_blocks, set_step, shard
+
+WEIGHTS = "weights."
+"""Dense weights are kept as `weights.<parameter>`, beside the state `optimizer.<parameter>.<state>`."""
+
+
+@dataclass
+class Trainer:
+    """A model with its optimizers, standing at a step."""
+
+    model: ShardedModel
+    optimizer: DenseOptimizer
+    objective: Objective
+    world: World
+    step: int
+
+    def train_step(self, batch: Batch, totals: Totals) -> torch.Tensor:
+        """One forward, one backward (in which the tables are updated), one dense step.
+
+        Returns the sum of each task's loss over this rank's valid labels, [T], on the device, detached.
+        """
+        batch = batch.to(self.world.device)
+        valid = totals.valid.to(self.world.device, torch.float32, non_blocking=True)
+        outputs = self.model(batch)
+        loss, sums = self.objective.loss(outputs, batch, valid, self.world.world_size)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step(self.step)
+        self.step += 1
+        return sums.detach()
+
+    def dense_tensors(self) -> dict[str, torch.Tensor]:
+        """All that a checkpoint keeps beside the tables, by name, live."""
+        weights = {WEIGHTS + name: tensor.detach() for name, tensor in self.model.dense_parameters().items()}
+        return weights | self.optimizer.state_tensors()
+
+
+def assemble(
+    job: Job, schema: Schema, world: World, run_url: str, checkpoint: str | None, start: Manifest | None
+) -> Trainer:
+    """Everything that training needs, from `checkpoint` (which says `start` of itself) or from the seed.
+
+    The plan that a run was begun with is kept in its folder and used again by as many workers.
+    """
+    plan_url = storage.join(run_url, "plan.json")
+    model = shard(build_model(job, schema, world.device), job, world, _read_plan(plan_url, world))
+    trainer = Trainer(model, DenseOptimizer(job, model, world), Objective(schema), world, 0)
+    if start is None or checkpoint is None:
+        initialise_tables(model, job.seed, job.model.table_init)
+    else:
+        together(world, lambda: _resume(trainer, schema, checkpoint, start))
+    if world.rank == 0:
+        storage.write(plan_url, json.dumps(model.plan.to_dict(), indent=1).encode())
+    return trainer
+
+
+def restore(job: Job, schema: Schema, world: World, checkpoint: str, manifest: Manifest) -> ShardedModel:
+    """The model of a checkpoint, without its optimizers: for evaluation and prediction."""
+    model = shard(build_model(job, schema, world.device), job, world)
+    together(world, lambda: _load_model(model, schema, checkpoint, manifest, with_state=False))
+    return model
+
+
+def _resume(trainer: Trainer, schema: Schema, checkpoint: str, start: Manifest) -> None:
+    rest = _load_model(trainer.model, schema, checkpoint, start, with_state=True)
+    trainer.optimizer.load(rest)
+    trainer.step = start.meta["step"]
+    set_step(trainer.model, trainer.step)
+
+
+def _load_model(
+    model: ShardedModel, schema: Schema, checkpoint: str, manifest: Manifest, with_state: bool
+) -> dict[str, torch.Tensor]:
+    """Fill tables and dense weights in place; returns the other dense tensors of the checkpoint."""
+    check_tables(checkpoint, manifest, schema.tables)
+    load_tables(checkpoint, manifest, local_blocks(model), strict=with_state)
+    saved = load_dense(checkpoint, manifest)
+    parameters = model.dense_parameters()
+    weights = {
+        name.removeprefix(WEIGHTS): saved.pop(name) for name in list(saved) if name.startswith(WEIGHTS)
+    }
+    if {name: tensor.shape for name, tensor in weights.items()} != {
+        n: p.shape for n, p in parameters.items()
+    }:
+        raise broken(checkpoint, "dense.safetensors", "its dense weights are not those of its own job")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+    return saved
+
+
+def _read_plan(url: str, world: World) -> dict[str, object] | None:
+    """The plan in the run's folder as rank 0 sees it, for every rank; None where there is none to read."""
+    text = b""
+    if world.rank == 0:
+        try:
+            text = storage.read(url)
+            json.loads(text)
+        except (FileNotFoundError, ValueError):
+            text = b""
+    text = broadcast_bytes(text, world)
+    return json.loads(text) if text else None

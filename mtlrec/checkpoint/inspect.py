@@ -1,0 +1,227 @@
+"""What a checkpoint holds, for people and programs. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mtlrec import storage
+from mtlrec.checkpoint.folder import MANIFEST
+from mtlrec.checkpoint.manifest import (
+    STATE,
+    VERSION,
+    WEIGHTS,
+    FileEntry,
+    Manifest,
+    TableEntry,
+    TensorEntry,
+    read_manifest,
+)
+from mtlrec.checkpoint.ranges import verify as verify_bytes
+
+OPTIMIZER = "optimizer."
+"""Dense tensors whose names begin so are the dense optimizer's state; the others are parameters."""
+SHOW_EVERY_S = 0.5
+MB = 1e6
+
+Show = Callable[[dict[str, Any]], None]
+
+
+def inspect_checkpoint(url: str, verify: bool = False, show: Show | None = None) -> dict[str, Any]:
+    """Describe the checkpoint in the folder `url` as plain data.
+
+    The sizes of all files are checked; with `verify` every byte is read and checked too, and `show` gets
+    progress events, in MB. Raises InputError where there is no checkpoint, or a damaged one.
+    """
+    manifest = read_manifest(url)
+    if verify:
+        _verify(url, manifest, show)
+    meta = manifest.meta
+    return {
+        "checkpoint": url,
+        "job": meta["job"].get("name"),
+        "step": meta["step"],
+        "attempt": meta["attempt"],
+        "position": meta["position"],
+        "saved_at": meta["saved_at"],
+        "mtlrec_version": meta["mtlrec_version"],
+        "format_version": VERSION,
+        "schema_fingerprint": meta["schema_fingerprint"],
+        "tables": [_table(name, table) for name, table in manifest.tables.items()],
+        "dense": [_dense(name, entry) for name, entry in manifest.dense.tensors.items()],
+        "files": len(manifest.files()) + 1,
+        "bytes": storage.size(storage.join(url, MANIFEST)) + sum(file.size for file in manifest.files()),
+        "metrics": meta["metrics"],
+        "verified": verify,
+    }
+
+
+def render(found: dict[str, Any]) -> str:
+    """The description of `inspect_checkpoint` for people, several lines."""
+    checked = (
+        "every byte read and verified" if found["verified"] else "sizes checked (--verify reads every byte)"
+    )
+    lines = [
+        found["checkpoint"],
+        *_columns(
+            [
+                ["job", str(found["job"])],
+                ["step", f"{found['step']:,}  ({_position(found['position'])})"],
+                [
+                    "saved",
+                    f"{found['saved_at']}  by mtlrec {found['mtlrec_version']}, attempt {found['attempt']}",
+                ],
+                ["on disk", f"{_size(found['bytes'])} in {found['files']:,} files, {checked}"],
+            ],
+            "ll",
+        ),
+        "",
+        *_columns(
+            [
+                ["table", "rows", "dim", "dtype", "optimizer state", "on disk", "files"],
+                *(
+                    [
+                        table["name"],
+                        f"{table['rows']:,}",
+                        str(table["dim"]),
+                        table["dtype"],
+                        _states(table["state"]),
+                        _size(table["bytes"]),
+                        str(table["files"]),
+                    ]
+                    for table in found["tables"]
+                ),
+            ],
+            "lrrllrr",
+        ),
+        "",
+        *_dense_lines(found["dense"]),
+        "",
+        *_metric_lines(found["metrics"]),
+    ]
+    return "\n".join(lines)
+
+
+def _verify(url: str, manifest: Manifest, show: Show | None) -> None:
+    began = shown = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if show is not None and (now - shown >= SHOW_EVERY_S or done == total):
+            shown, rate = now, done / max(now - began, 1e-9)
+            show(
+                {
+                    "kind": "progress",
+                    "what": "verify",
+                    "unit": "MB",
+                    "done": math.ceil(done / MB),
+                    "total": math.ceil(total / MB),
+                    "rows_per_s": rate / MB,
+                    "seconds_left": (total - done) / max(rate, 1e-9),
+                }
+            )
+
+    verify_bytes(url, manifest, progress)
+
+
+def _table(name: str, table: TableEntry) -> dict[str, Any]:
+    tensors = table.blocks[0].tensors
+    return {
+        "name": name,
+        "rows": table.rows,
+        "dim": table.dim,
+        "dtype": tensors[WEIGHTS].dtype,
+        "state": {
+            key.removeprefix(STATE): {
+                "dtype": entry.dtype,
+                "shape": [table.rows, table.dim][: len(entry.shape)],
+            }
+            for key, entry in tensors.items()
+            if key != WEIGHTS
+        },
+        "bytes": _bytes(table.blocks),
+        "files": len(table.blocks),
+    }
+
+
+def _bytes(files: Sequence[FileEntry]) -> int:
+    return sum(file.size for file in files)
+
+
+def _dense(name: str, entry: TensorEntry) -> dict[str, Any]:
+    kind = "optimizer" if name.startswith(OPTIMIZER) else "parameter"
+    return {"name": name, "kind": kind, "dtype": entry.dtype, "shape": entry.shape, "bytes": entry.bytes}
+
+
+def _states(states: dict[str, Any]) -> str:
+    each = {1: "row", 2: "weight"}
+    return ", ".join(f"{name} (1 a {each[len(state['shape'])]})" for name, state in states.items()) or "none"
+
+
+def _dense_lines(dense: list[dict[str, Any]]) -> list[str]:
+    parameters = [tensor for tensor in dense if tensor["kind"] == "parameter"]
+    states = [tensor for tensor in dense if tensor["kind"] == "optimizer"]
+    numbers = sum(math.prod(tensor["shape"]) for tensor in parameters)
+    kinds = sorted({tensor["name"].rsplit(".", 1)[1] for tensor in states})
+    size = sum(tensor["bytes"] for tensor in dense)
+    head = f"dense: {numbers:,} numbers in {len(parameters)} parameters"
+    rows = [[f"  {t['name']}", " x ".join(map(str, t["shape"])) or "1", t["dtype"]] for t in parameters]
+    return [f"{head}; optimizer state: {', '.join(kinds) or 'none'}; {_size(size)}", *_columns(rows, "lrl")]
+
+
+def _metric_lines(metrics: dict[str, Any] | None) -> list[str]:
+    if not metrics:
+        return ["metrics: none yet (measured when the run ends)"]
+    measured = [
+        (scenario, task, {k: v for k, v in values.items() if v is None or isinstance(v, int | float)})
+        for scenario, tasks in metrics.items()
+        for task, values in tasks.items()
+    ]
+    names = list(dict.fromkeys(name for _, _, values in measured for name in values))
+    rows = [
+        [scenario, task, *(_number(values.get(name)) for name in names)]
+        for scenario, task, values in measured
+    ]
+    return _columns([["scenario", "task", *names], *rows], "ll" + "r" * len(names))
+
+
+def _position(position: dict[str, Any] | None) -> str:
+    if position is None:
+        return "no position"
+    epoch, done = position.get("epoch"), position.get("done")
+    if type(epoch) is int and isinstance(done, list) and all(type(rows) is int for rows in done):
+        return f"epoch {epoch:,}, {sum(done):,} rows into it"
+    return str(position)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("bytes", "KB", "MB", "GB", "TB"):
+        if num_bytes < 1000 or unit == "TB":
+            break
+        num_bytes /= 1000
+    return f"{num_bytes:,.0f} {unit}" if unit == "bytes" else f"{num_bytes:,.1f} {unit}"
+
+
+def _columns(rows: list[list[str]], sides: str) -> list[str]:
+    """Rows of cells, padded to columns; `sides` has an l or r for each.
+
+    A checkpoint may come from anywhere, so nothing in it may steer the terminal.
+    """
+    rows = [["".join(mark if mark.isprintable() else "?" for mark in cell) for cell in row] for row in rows]
+    widths = [max(len(row[index]) for row in rows) for index in range(len(sides))] if rows else []
+    return [
+        "  ".join(
+            cell.ljust(width) if side == "l" else cell.rjust(width)
+            for cell, width, side in zip(row, widths, sides, strict=True)
+        ).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,261 @@
+"""Writes a checkpoint: every rank its own rows, straight to their final place, and the manifest last."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import PackageNotFoundError
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+import mtlrec
+from mtlrec import storage
+from mtlrec.checkpoint import layout
+from mtlrec.checkpoint.folder import MANIFEST, discard
+from mtlrec.checkpoint.manifest import (
+    CHUNK_ROWS,
+    DENSE_FILE,
+    MAX_MANIFEST_BYTES,
+    Block,
+    FileEntry,
+    Manifest,
+    TableEntry,
+    TensorEntry,
+    checksum,
+    encode,
+    find_missing,
+    find_problem,
+    num_chunks,
+    read_manifest,
+)
+from mtlrec.checkpoint.ranges import in_threads
+from mtlrec.checkpoint.tensors import TableBlock, dtype_name, tensors_of, to_bytes
+from mtlrec.distributed import World, all_ok
+from mtlrec.job.errors import InputError
+from mtlrec.storage import StorageError
+
+BLOCK_ROWS = 65_536
+BLOCK_BYTES = 64 * 2**20
+"""A file of a table has at most so many rows and bytes (but always one chunk of rows)."""
+THREADS = 4
+"""Files that are written side by side, each with one block in memory."""
+_PARTS = "parts"
+_INPUT, _FAULT = "input:", "fault:"
+"""How a failure is marked on its way to the other ranks."""
+
+Result = TypeVar("Result")
+
+
+class Part(BaseModel):
+    """What one rank wrote."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    rank: int
+    tables: dict[str, list[Block]]
+    dense: FileEntry | None
+
+
+class _Piece(NamedTuple):
+    """Rows [begin, end) of a local block: what goes into one file."""
+
+    block: TableBlock
+    begin: int
+    end: int
+
+
+def save(
+    url: str,
+    blocks: Iterable[TableBlock],
+    dense: Mapping[str, torch.Tensor],
+    meta: Mapping[str, Any],
+    world: World,
+) -> Manifest | None:
+    """Write the checkpoint folder `url`, which must be new. A collective; returns the manifest on rank 0.
+
+    blocks: what this rank holds of the tables; replicated ones are written by rank 0. dense: every other
+    tensor, parameters and optimizer state, the same on all ranks. meta: as `Manifest.meta`; `saved_at` and
+    `mtlrec_version` are set here. Where any rank fails, every rank raises (InputError for what the user can
+    put right, else StorageError, or the failing rank's own exception), and there is no manifest.
+    """
+    described = {**meta, "saved_at": _now(), "mtlrec_version": _version()}
+    _together(world, lambda: _check_new(url) if world.rank == 0 else None)
+    try:
+        _together(world, lambda: write_part(url, blocks, dense if world.rank == 0 else None, world.rank))
+        return _together(world, lambda: merge(url, described, world.world_size) if world.rank == 0 else None)
+    except (InputError, StorageError):
+        # Every rank has come to the same end, so nobody writes here any more: make room at once.
+        if world.rank == 0:
+            with contextlib.suppress(InputError, StorageError):
+                discard(url)
+        raise
+
+
+def finish(url: str, metrics: Mapping[str, Any]) -> Manifest:
+    """Put what was measured into the manifest of a complete checkpoint, all at once. One rank calls."""
+    manifest = read_manifest(url)
+    manifest = manifest.model_copy(update={"meta": _plain({**manifest.meta, "metrics": dict(metrics)})})
+    storage.write(storage.join(url, MANIFEST), encode(manifest))
+    return manifest
+
+
+def write_part(
+    url: str, blocks: Iterable[TableBlock], dense: Mapping[str, torch.Tensor] | None, rank: int
+) -> Part:
+    """Write this rank's files, and their list to `parts/`. No collective: it may run in any thread."""
+    pieces = [piece for block in blocks if rank == 0 or not block.replicated for piece in _cut(block)]
+    tables: dict[str, list[Block]] = {}
+    written = in_threads(lambda piece: _write_piece(url, piece), pieces, THREADS)
+    for piece, entry in zip(pieces, written, strict=True):
+        tables.setdefault(piece.block.table, []).append(entry)
+    part = Part(rank=rank, tables=tables, dense=_write_dense(url, dense) if dense is not None else None)
+    storage.write(_part_url(url, rank), part.model_dump_json().encode())
+    return part
+
+
+def merge(url: str, meta: Mapping[str, Any], world_size: int) -> Manifest:
+    """Put the ranks' parts together, make sure that all is there, and write the manifest. One rank calls."""
+    tables: dict[str, list[Block]] = {}
+    dense = None
+    part_urls = [_part_url(url, rank) for rank in range(world_size)]
+    for text in in_threads(storage.read, part_urls, THREADS):
+        part = Part.model_validate_json(text)
+        dense = part.dense or dense
+        for name, blocks in part.tables.items():
+            tables.setdefault(name, []).extend(blocks)
+    assert dense is not None, "rank 0 writes the dense tensors"
+    manifest = Manifest(
+        chunk_rows=CHUNK_ROWS,
+        meta=_plain(meta),
+        tables={name: _table(blocks) for name, blocks in sorted(tables.items())},
+        dense=dense,
+    )
+    problem = find_problem(manifest)
+    assert problem is None, problem
+    if missing := find_missing(url, manifest.files()):
+        raise StorageError(f"{storage.join(url, missing[0])}: just written, and now {missing[1]}")
+    text = encode(manifest)
+    assert len(text) <= MAX_MANIFEST_BYTES, f"a manifest of {len(text):,} bytes"
+    target = storage.join(url, MANIFEST)
+    # A create that was repeated after a lost answer finds its own first try.
+    if not storage.create(target, text) and storage.read(target) != text:
+        raise StorageError(f"{target}: another process wrote this checkpoint meanwhile")
+    with contextlib.suppress(InputError, StorageError):
+        storage.remove_tree(storage.join(url, _PARTS))
+    return manifest
+
+
+def _table(blocks: list[Block]) -> TableEntry:
+    rows = max(block.row + block.rows for block in blocks)
+    dim = max(block.column + block.columns for block in blocks)
+    return TableEntry(rows=rows, dim=dim, blocks=sorted(blocks, key=lambda block: (block.row, block.column)))
+
+
+def _cut(block: TableBlock) -> Iterable[_Piece]:
+    """The block in pieces of whole chunks, each small enough for a file."""
+    row_bytes = sum(each.element_size() * (each.numel() // block.rows) for each in tensors_of(block).values())
+    rows = min(BLOCK_ROWS, max(BLOCK_BYTES // row_bytes // CHUNK_ROWS, 1) * CHUNK_ROWS)
+    for begin in range(0, block.rows, rows):
+        yield _Piece(block, begin, min(begin + rows, block.rows))
+
+
+def _write_piece(url: str, piece: _Piece) -> Block:
+    block, begin, end = piece
+    row = block.row + begin
+    suffix = f".c{block.column:04d}" if block.column else ""
+    file = f"tables/{block.table}/{row:012d}{suffix}.safetensors"
+    tensors = {name: value[begin:end] for name, value in tensors_of(block).items()}
+    about = {"table": block.table, "row": str(row), "column": str(block.column)}
+    entry = _write_file(url, file, tensors, about)
+    return Block(row=row, rows=end - begin, column=block.column, columns=block.columns, **dict(entry))
+
+
+def _write_dense(url: str, dense: Mapping[str, torch.Tensor]) -> FileEntry:
+    return _write_file(url, DENSE_FILE, dense, {})
+
+
+def _write_file(
+    url: str, file: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> FileEntry:
+    head, slots = layout.arrange(
+        {name: (dtype_name(value), tuple(value.shape)) for name, value in tensors.items()}, metadata
+    )
+    entries = {}
+    with storage.write_stream(storage.join(url, file)) as stream:
+        stream.write(head)
+        for name, slot in slots.items():
+            data = to_bytes(tensors[name])
+            stream.write(data)
+            entries[name] = TensorEntry(
+                dtype=slot.dtype,  # type: ignore[arg-type]  # one of the format's names
+                shape=list(slot.shape),
+                offset=slot.offset,
+                bytes=len(data),
+                checksums=_checksums(data, slot.shape),
+            )
+    size = len(head) + sum(entry.bytes for entry in entries.values())
+    return FileEntry(file=file, size=size, header_checksum=checksum(head), tensors=entries)
+
+
+def _checksums(data: memoryview, shape: tuple[int, ...]) -> list[str]:
+    rows = shape[0] if shape else 1
+    step = CHUNK_ROWS * (len(data) // rows) if rows else 0
+    return [checksum(data[index * step : (index + 1) * step]) for index in range(num_chunks(rows))]
+
+
+def _check_new(url: str) -> None:
+    """Files of another attempt in the folder could be taken for ours."""
+    if storage.list_files(url):
+        raise StorageError(f"{url}: not an empty folder; every attempt at a run writes to folders of its own")
+
+
+def _together(world: World, action: Callable[[], Result]) -> Result:
+    """Run `action` on every rank; if any fails, every rank raises, an InputError before any other."""
+    result: Result | None = None
+    failure: Exception | None = None
+    try:
+        result = action()
+    except Exception as error:
+        failure = error
+    failures = all_ok(_in_words(failure), world)
+    for words in failures:
+        if words.startswith(_INPUT):
+            raise InputError(words.removeprefix(_INPUT)) from failure
+    if failure is not None:
+        raise failure
+    if failures:
+        raise StorageError(failures[0].removeprefix(_FAULT))
+    return result  # type: ignore[return-value]  # without a failure the action returned
+
+
+def _in_words(failure: Exception | None) -> str | None:
+    if isinstance(failure, InputError):
+        return f"{_INPUT}{failure}"
+    if failure is None or isinstance(failure, StorageError):
+        return f"{_FAULT}{failure}" if failure is not None else None
+    return f"{_FAULT}{type(failure).__name__}: {failure}"
+
+
+def _part_url(url: str, rank: int) -> str:
+    return storage.join(url, _PARTS, f"{rank:05d}.json")
+
+
+def _plain(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """As it will be read again: lists for tuples, and nothing that JSON cannot hold."""
+    plain: dict[str, Any] = json.loads(json.dumps(dict(meta), allow_nan=False))
+    return plain
+
+
+def _version() -> str:
+    try:
+        return mtlrec.__version__
+    except PackageNotFoundError:
+        return "unknown"  # run from its source folder, not installed
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

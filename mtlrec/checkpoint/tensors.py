@@ -1,0 +1,78 @@
+"""The torch side of the format: blocks of tables, and tensors to bytes and back."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+
+from mtlrec.checkpoint.manifest import STATE, WEIGHTS
+
+_NAMES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.int64: "I64",
+    torch.float64: "F64",
+}
+_TYPES = {name: dtype for dtype, name in _NAMES.items()}
+
+assert sys.byteorder == "little", "the format is little-endian, and bytes are taken as they lie in memory"
+
+
+class TableBlock(Protocol):
+    """A rectangle of a table on this rank, as `mtlrec.sharding.LocalBlock` has it.
+
+    Its own protocol, so that reading and writing checkpoints does not cost the import of TorchRec.
+    """
+
+    @property
+    def table(self) -> str: ...
+    @property
+    def row(self) -> int: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def column(self) -> int: ...
+    @property
+    def columns(self) -> int: ...
+    @property
+    def weights(self) -> torch.Tensor: ...
+    @property
+    def state(self) -> Mapping[str, torch.Tensor]: ...
+    @property
+    def replicated(self) -> bool: ...
+
+
+def tensors_of(block: TableBlock) -> dict[str, torch.Tensor]:
+    """The block's tensors by their names in a checkpoint."""
+    return {WEIGHTS: block.weights, **{STATE + name: value for name, value in block.state.items()}}
+
+
+def dtype_name(tensor: torch.Tensor) -> str:
+    return _NAMES[tensor.dtype]
+
+
+def dtype_of(name: str) -> torch.dtype:
+    return _TYPES[name]
+
+
+def to_bytes(tensor: torch.Tensor) -> memoryview:
+    """The elements, row-major: of a contiguous tensor on the CPU its own memory, else a copy of it."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    # Not every element type of torch is one of numpy, but bytes are.
+    return flat.view(torch.uint8).numpy().data
+
+
+def from_bytes(data: bytearray, dtype: str, shape: Sequence[int]) -> torch.Tensor:
+    """A tensor over the memory of `data`: torch has none that may not be written to."""
+    if not data:
+        return torch.empty(tuple(shape), dtype=_TYPES[dtype])
+    return torch.frombuffer(data, dtype=_TYPES[dtype]).reshape(tuple(shape))

@@ -1,0 +1,31 @@
+"""What a loop may say to, and ask of, whoever runs it. The loops know no more of the outside than this."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+
+class Control(Protocol):
+    """Handed to training, evaluation and prediction on every worker; rank 0's words reach the user."""
+
+    def show(self, event: dict[str, Any]) -> None:
+        """Pass a plain-data event (`{"kind": "progress", ...}`) to the user's screen."""
+
+    def report(self, metrics: dict[str, float], checkpoint: str) -> None:
+        """Tell the launcher of a finished checkpoint. Every worker calls it at the same step."""
+
+    def should_stop(self) -> bool:
+        """The user asked for an end at the next step. Any rank may hear it."""
+
+
+class Silent:
+    """No one is watching: for tests and programs that call a loop directly."""
+
+    def show(self, event: dict[str, Any]) -> None:
+        del event
+
+    def report(self, metrics: dict[str, float], checkpoint: str) -> None:
+        del metrics, checkpoint
+
+    def should_stop(self) -> bool:
+        return False

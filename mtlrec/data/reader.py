@@ -1,0 +1,314 @@
+"""Batches in the order of the contract, built by background threads ahead of whoever consumes them.
+
+L lanes, W workers, b rows of a lane in every step, S rows of this worker's batch with its padding (its
+stride), F id features, N dense numbers, T tasks.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from mtlrec.batch import Batch
+from mtlrec.data.columns import Columns
+from mtlrec.data.order import Position, advance, check_position, lane_rows, steps_left, stride, worker_lanes
+from mtlrec.data.shards import Dataset
+from mtlrec.data.windows import Windows
+from mtlrec.job.errors import InputError
+from mtlrec.schema import Schema
+
+_Array = npt.NDArray[Any]
+
+_JOIN_S = 10.0
+
+
+class Reader:
+    """This worker's batches from `position` to the end of epoch `epochs - 1`; iterate over it once.
+
+    Every rank gets the same number of batches, of the same stride. Reading begins at once, in daemon threads,
+    so that it overlaps the building of the model; an error in them is raised where the batches are consumed,
+    once. Without `shuffle` and with `lanes=world_size`, the ranks' rows one after the other are in the order
+    of the files.
+
+    batch_size: rows of a step over all workers, a multiple of `lanes`. window: rows of a lane that are
+    shuffled among themselves. labels: whether label columns are read. keys: columns passed through in
+    `Batch.keys`. ahead: batches that are kept ready. pin_memory: put batches where a GPU copies them from
+    while it computes. threads: row groups that are read and decoded side by side.
+
+    Raises InputError for a batch size that lanes do not divide, and for a position of other data or lanes.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        schema: Schema,
+        *,
+        batch_size: int,
+        lanes: int,
+        window: int,
+        shuffle: bool,
+        seed: int,
+        position: Position,
+        epochs: int,
+        rank: int = 0,
+        world_size: int = 1,
+        labels: bool = True,
+        keys: Sequence[str] = (),
+        ahead: int = 4,
+        pin_memory: bool = False,
+        threads: int = 2,
+    ) -> None:
+        if batch_size < 1 or batch_size % lanes:
+            raise InputError(f"data.batch_size: {batch_size} is not a multiple of data.lanes ({lanes})")
+        self.schema, self.epochs = schema, epochs
+        self._rows = lane_rows(dataset.rows, lanes)
+        check_position(position, self._rows)
+        self._rows_per_step = batch_size // lanes
+        served = worker_lanes(lanes, rank, world_size)
+        windows = Windows(
+            dataset,
+            schema,
+            lanes=lanes,
+            served=served,
+            window=window,
+            shuffle=shuffle,
+            seed=seed,
+            position=position,
+            epochs=epochs,
+            rows_per_step=self._rows_per_step,
+            labels=labels,
+            keys=keys,
+            threads=threads,
+        )
+        builder = _Builder(schema, stride(lanes, world_size, self._rows_per_step), tuple(keys), pin_memory)
+        steps = _Steps(windows, served, self._rows, self._rows_per_step, position, epochs)
+        self._windows, self._ready = windows, _Ready(ahead)
+        # The threads do not know the reader, so that it stops when it is dropped without being closed.
+        self._thread = threading.Thread(
+            target=_build_ahead, args=(steps, builder, self._ready), name="mtlrec-batches", daemon=True
+        )
+        self._stop = weakref.finalize(self, _stop, windows, self._ready)
+        self._thread.start()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return steps_left(self._rows, (0,) * len(self._rows), self._rows_per_step)
+
+    def steps_left(self, position: Position) -> int:
+        """Batches from `position` to the end of the last epoch."""
+        if position.epoch >= self.epochs:
+            return 0
+        rest = steps_left(self._rows, position.done, self._rows_per_step)
+        return rest + (self.epochs - 1 - position.epoch) * self.steps_per_epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch, waiting for it. Raises InputError for a row that does not fit the schema."""
+        batch = self._ready.get()
+        if batch is None:
+            raise StopIteration
+        return batch
+
+    def close(self) -> None:
+        """Stop the threads and wait for them; the batches that are left are dropped."""
+        self._stop()
+        self._windows.close()
+        self._thread.join(_JOIN_S)
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _stop(windows: Windows, ready: _Ready) -> None:
+    windows.stop()
+    ready.stop()
+
+
+def _build_ahead(steps: _Steps, builder: _Builder, ready: _Ready) -> None:
+    failure: BaseException | None = None
+    try:
+        for parts, position in steps:
+            if not ready.put(builder.build(parts, position)):
+                return
+    except BaseException as error:
+        failure = error
+    ready.finish(failure)
+
+
+class _Ready:
+    """Batches on their way from the thread that builds them to the one that trains."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._batches: deque[Batch] = deque()
+        self._changed = threading.Condition()
+        self._finished = self._stopped = False
+        self._failure: BaseException | None = None
+
+    def put(self, batch: Batch) -> bool:
+        """Wait for room; False once nobody wants more."""
+        with self._changed:
+            while len(self._batches) >= self._size and not self._stopped:
+                self._changed.wait()
+            if not self._stopped:
+                self._batches.append(batch)
+                self._changed.notify_all()
+            return not self._stopped
+
+    def get(self) -> Batch | None:
+        """The next batch, or None after the last; a failure is raised once, after the batches before it."""
+        with self._changed:
+            while not self._batches and not self._finished and not self._stopped:
+                self._changed.wait()
+            if self._batches:
+                self._changed.notify_all()
+                return self._batches.popleft()
+            failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+        return None
+
+    def finish(self, failure: BaseException | None) -> None:
+        with self._changed:
+            self._finished, self._failure = True, failure
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopped = True
+            self._batches.clear()
+            self._changed.notify_all()
+
+
+class _Steps:
+    """For each step, this worker's rows, lane after lane, and the position behind it."""
+
+    def __init__(
+        self,
+        windows: Windows,
+        served: range,
+        rows: tuple[int, ...],
+        rows_per_step: int,
+        position: Position,
+        epochs: int,
+    ) -> None:
+        self._windows, self._served, self._rows, self._rows_per_step = windows, served, rows, rows_per_step
+        self._position, self._epochs = position, epochs
+
+    def __iter__(self) -> Iterator[tuple[list[Columns], Position]]:
+        position = self._position
+        rest: dict[int, Columns] = {}
+        while position.epoch < self._epochs:
+            if steps_left(self._rows, position.done, self._rows_per_step) > 0:
+                parts = []
+                for lane in self._served:
+                    missing = min(self._rows_per_step, self._rows[lane] - position.done[lane])
+                    while missing:
+                        if lane not in rest:
+                            taken = self._windows.take()
+                            if taken is None:
+                                return  # closed
+                            fill, columns = taken
+                            assert (fill.epoch, fill.lane) == (position.epoch, lane)
+                            rest[lane] = columns.slice(fill.done, len(columns))
+                        columns = rest.pop(lane)
+                        parts.append(columns.slice(0, min(missing, len(columns))))
+                        missing -= len(parts[-1])
+                        if len(columns) > len(parts[-1]):
+                            rest[lane] = columns.slice(len(parts[-1]), len(columns))
+                position = advance(position, self._rows, self._rows_per_step)
+                yield parts, position
+            else:
+                position = advance(position, self._rows, self._rows_per_step)
+
+
+class _Builder:
+    """Rows as numpy arrays -> Batch of tensors, padded to the stride."""
+
+    def __init__(self, schema: Schema, stride: int, keys: tuple[str, ...], pin_memory: bool) -> None:
+        self._stride, self._keys, self._pin_memory = stride, keys, pin_memory
+        self._names = [feature.name for feature in schema.id_features]
+        self._is_list = [feature.source == "id_list" for feature in schema.id_features]
+        self._num_dense, self._num_tasks = schema.dense_width, len(schema.tasks)
+
+    def build(self, parts: Sequence[Columns], position: Position) -> Batch:
+        """parts: at most S rows in all, in their order. position: behind this batch."""
+        num_rows = sum(len(part) for part in parts)
+        return Batch(
+            ids=self._jagged(parts, num_rows),
+            dense=self._padded([part.dense for part in parts], np.float32, self._num_dense),
+            labels=self._padded([part.labels for part in parts], np.float32, self._num_tasks),
+            valid=self._padded([part.valid for part in parts], np.bool_, self._num_tasks),
+            scenario=self._padded([part.scenario for part in parts], np.int64),
+            rows=self._padded([part.rows for part in parts], np.int64, padding=-1, pinned=False),
+            num_rows=num_rows,
+            position=position,
+            keys=self._key_table(parts) if self._keys else None,
+        )
+
+    def _padded(
+        self, parts: Sequence[_Array], dtype: Any, *width: int, padding: int = 0, pinned: bool = True
+    ) -> torch.Tensor:
+        """The parts one after the other, then padding to the stride."""
+        whole = np.empty((self._stride, *width), dtype)
+        num_rows = sum(len(part) for part in parts)
+        if parts:
+            np.concatenate(parts, out=whole[:num_rows])
+        whole[num_rows:] = padding
+        return self._tensor(whole, pinned)
+
+    def _jagged(self, parts: Sequence[Columns], num_rows: int) -> KeyedJaggedTensor:
+        """Values of feature 0 for all rows, then of feature 1, and so on; lengths [F * S] likewise."""
+        single = np.empty((len(self._is_list) - sum(self._is_list), num_rows), np.int64)
+        if parts:
+            np.concatenate([part.ids for part in parts], axis=1, out=single)
+        present = single >= 0
+        complete: _Array = np.logical_and.reduce(present, axis=1)
+        lengths = np.zeros((len(self._is_list), self._stride), np.int32)
+        pieces: list[_Array] = []
+        next_single = next_list = 0
+        for target, is_list in zip(lengths[:, :num_rows], self._is_list, strict=True):
+            if not is_list:
+                ids, has = single[next_single], present[next_single]
+                target[:] = has
+                pieces.append(ids if complete[next_single] else ids[has])
+                next_single += 1
+            elif parts:
+                lists = [part.lists[next_list] for part in parts]
+                np.concatenate([np.diff(each.offsets) for each in lists], out=target, casting="same_kind")
+                pieces += [each.values[each.offsets[0] : each.offsets[-1]] for each in lists]
+                next_list += 1
+        values = np.empty(sum(len(piece) for piece in pieces), np.int64)
+        if pieces:
+            np.concatenate(pieces, out=values)
+        return KeyedJaggedTensor(
+            keys=list(self._names),
+            values=self._tensor(values),
+            lengths=self._tensor(lengths.reshape(-1)),
+            stride=self._stride,
+        )
+
+    def _key_table(self, parts: Sequence[Columns]) -> pa.Table:
+        tables = [part.keys for part in parts]
+        return pa.concat_tables(tables) if tables else pa.table({name: pa.nulls(0) for name in self._keys})
+
+    def _tensor(self, array: _Array, pinned: bool = True) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory() if pinned and self._pin_memory else tensor

@@ -1,0 +1,160 @@
+"""The record of a running loop: losses and rate to the screen and to TensorBoard, and trained rows."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mtlrec import storage
+from mtlrec.batch import Batch
+from mtlrec.control import Control
+from mtlrec.distributed import World, all_reduce_sum
+from mtlrec.lockstep import Totals
+
+
+class Journal:
+    """Counts what was trained since the last report. Every rank keeps one; rank 0's is shown and written."""
+
+    def __init__(
+        self,
+        run_url: str,
+        start: int,
+        tasks: tuple[str, ...],
+        world: World,
+        control: Control,
+        *,
+        step: int,
+        total_steps: int,
+        every_s: float,
+        record_rows: bool,
+    ) -> None:
+        self.rows = 0
+        """Rows trained since this start, over all workers."""
+        self.seconds = 0.0
+        """Seconds from the first batch in hand to the last step's end, saving and evaluation left out."""
+        self._run_url, self._start, self._tasks = run_url, start, tasks
+        self._world, self._control = world, control
+        self._step, self._total, self._every_s = step, total_steps, every_s
+        self._loss = torch.zeros(len(tasks), dtype=torch.float64, device=world.device)
+        self._valid = torch.zeros(len(tasks), dtype=torch.float64)
+        self._clock: float | None = None
+        self._reported = (time.monotonic(), 0.0, 0)
+        self._first_step = step
+        self._recorded: list[np.ndarray] | None = [] if record_rows else None
+        self._events = Events(run_url, start) if world.rank == 0 else None
+
+    def due(self) -> bool:
+        """Rank 0 asks for a report once enough time has passed."""
+        return self._world.rank == 0 and time.monotonic() - self._reported[0] >= self._every_s
+
+    def start_step(self) -> None:
+        """The step's batch is in hand: its time counts from here."""
+        if self._clock is None:
+            self._clock = time.monotonic()
+
+    def end_step(self, batch: Batch, totals: Totals, losses: torch.Tensor) -> None:
+        """`losses` [T]: this rank's sums over valid labels, still on the device, not waited for."""
+        self._step += 1
+        self.rows += totals.rows
+        self._loss += losses
+        self._valid += totals.valid
+        if self._recorded is not None:
+            self._recorded.append(batch.rows.numpy().copy())
+
+    def pause(self) -> None:
+        """Stop the clock: what follows is not training."""
+        if self._clock is not None:
+            self.seconds += time.monotonic() - self._clock
+            self._clock = None
+
+    def report(self) -> dict[str, float]:
+        """Mean loss per task since the last report, over all workers; shown and written by rank 0."""
+        loss = all_reduce_sum(self._loss.cpu(), self._world)
+        means = {
+            task: float(loss[index] / self._valid[index])
+            for index, task in enumerate(self._tasks)
+            if self._valid[index] > 0
+        }
+        self._loss.zero_()
+        self._valid.zero_()
+        if self._events is None:
+            return means
+        now = time.monotonic()
+        seconds = self.seconds + (now - self._clock if self._clock is not None else 0.0)
+        _, seconds_before, rows_before = self._reported
+        rate = (self.rows - rows_before) / max(seconds - seconds_before, 1e-9)
+        self._reported = (now, seconds, self.rows)
+        trained = max(self._step - self._first_step, 1)
+        self._control.show(
+            {
+                "kind": "progress",
+                "what": "train",
+                "done": self._step,
+                "total": self._total,
+                "rows_per_s": rate,
+                "losses": means,
+                "seconds_left": (self._total - self._step) * seconds / trained,
+            }
+        )
+        for task, mean in means.items():
+            self._events.scalar(f"loss/{task}", mean, self._step)
+        self._events.scalar("samples_per_s", rate, self._step)
+        return means
+
+    def scalars(self, values: dict[str, float]) -> None:
+        """Write numbers of this step to TensorBoard."""
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.scalar(name, value, self._step)
+
+    def flush(self) -> None:
+        """Write what is held back, so that it is there beside a checkpoint of this step."""
+        if self._recorded:
+            file = io.BytesIO()
+            np.save(file, np.stack(self._recorded), allow_pickle=False)
+            name = f"a{self._start:04d}-{self._step - len(self._recorded):012d}-r{self._world.rank:05d}.npy"
+            storage.write(storage.join(self._run_url, "rows", name), file.getvalue())
+            self._recorded.clear()
+        if self._events is not None:
+            self._events.flush()
+
+    def close(self) -> None:
+        self.flush()
+        if self._events is not None:
+            self._events.close()
+
+
+class Events:
+    """TensorBoard event files of one start in the run's folder; on object storage, sent at each flush."""
+
+    def __init__(self, run_url: str, start: int) -> None:
+        from tensorboardX import SummaryWriter
+
+        self._target = storage.join(run_url, "tensorboard", f"a{start:04d}")
+        local = storage.local_path(self._target)
+        self._scratch = None if local else tempfile.TemporaryDirectory(prefix="mtlrec-events-")
+        self._folder = local or Path(self._scratch.name if self._scratch else "")
+        self._writer = SummaryWriter(str(self._folder), flush_secs=30)
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        self._writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        self._writer.flush()
+        self._upload()
+
+    def close(self) -> None:
+        self._writer.close()
+        self._upload()
+        if self._scratch is not None:
+            self._scratch.cleanup()
+
+    def _upload(self) -> None:
+        if self._scratch is not None:
+            for file in self._folder.iterdir():
+                storage.write(storage.join(self._target, file.name), file.read_bytes())

@@ -1,0 +1,74 @@
+"""Ranks that read different rows take every step together, and fail together.
+
+T tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from mtlrec.batch import Batch
+from mtlrec.data.reader import Reader
+from mtlrec.distributed import World, all_ok, all_reduce_sum
+from mtlrec.job.errors import InputError
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What one step is over all workers."""
+
+    valid: torch.Tensor
+    """float64 [T] on the CPU: rows that carry a label, for each task."""
+    rows: int
+    """Rows that are not padding."""
+    signals: tuple[bool, ...]
+    """For each signal, whether any rank raised it."""
+
+
+def in_step(
+    reader: Reader, world: World, signals: Callable[[], Sequence[bool]] = tuple
+) -> Iterator[tuple[Batch, Totals]]:
+    """Yield this rank's batches, each with its totals over all ranks, until every rank has read its last.
+
+    One small all-reduce on the CPU a step carries the label counts, the ranks' signals and whether a rank's
+    reader failed: then every rank raises that rank's InputError, instead of waiting for it in a collective.
+    """
+    batches = iter(reader)
+    while True:
+        batch, failure = None, None
+        try:
+            batch = next(batches, None)
+        except InputError as error:
+            failure = str(error)
+        raised = [float(signal) for signal in signals()]
+        rows = float(batch.num_rows) if batch is not None else 0.0
+        head = torch.tensor([failure is not None, batch is not None, rows, *raised], dtype=torch.float64)
+        num_tasks = len(reader.schema.tasks)
+        valid = batch.valid.sum(dim=0, dtype=torch.float64) if batch is not None else torch.zeros(num_tasks)
+        total = all_reduce_sum(torch.cat([head, valid.double()]), world)
+        if total[0] > 0:
+            raise InputError(all_ok(failure, world)[0])
+        if total[1] == 0:
+            return
+        assert batch is not None, "the order gives every rank the same number of batches"
+        flags = tuple(bool(value > 0) for value in total[3 : 3 + len(raised)])
+        yield batch, Totals(total[3 + len(raised) :], int(total[2]), flags)
+
+
+def together(world: World, action: Callable[[], Result]) -> Result:
+    """Run `action` on every rank; an InputError on any rank is raised on all."""
+    result, failure = None, None
+    try:
+        result = action()
+    except InputError as error:
+        failure = str(error)
+    failures = all_ok(failure, world)
+    if failures:
+        raise InputError(failures[0])
+    return result  # type: ignore[return-value]  # without a failure the action returned

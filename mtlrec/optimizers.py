@@ -1,0 +1,233 @@
+"""Optimizers of everything that is not fused into a table's backward, and the learning rate's schedule.
+
+D embedding dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+
+from mtlrec.distributed import World
+from mtlrec.job.errors import InputError
+from mtlrec.job.job import Job
+from mtlrec.job.optimizer import DenseOptimizer as DenseSection
+from mtlrec.job.optimizer import Schedule, TablesOptimizer
+
+_ALIGNMENT = 16
+"""Each gradient starts at a multiple of so many floats (64 bytes, a cache line)."""
+
+REPLICATED_KINDS = ("rowwise_adagrad", "adagrad", "sgd")
+"""Table optimizers that leave a row without a gradient in place, and so may run over a whole table."""
+
+
+class Trainable(Protocol):
+    """What an optimizer asks of a model."""
+
+    @property
+    def replicated(self) -> ReplicatedTables | None: ...
+
+    def dense_parameters(self) -> dict[str, nn.Parameter]: ...
+
+
+@dataclass(frozen=True)
+class ReplicatedTable:
+    """A table that every rank holds whole, as a slice of the flat parameter that autograd knows."""
+
+    name: str
+    parameter: nn.Parameter
+    """1-D; holds this table and perhaps others."""
+    offset: int
+    weights: torch.Tensor
+    """[rows, D], a view of `parameter` from `offset` on."""
+
+
+class ReplicatedTables:
+    """The optimizer of the data-parallel tables, which no kernel fuses: the same formula as the fused one."""
+
+    def __init__(self, section: TablesOptimizer, tables: Sequence[ReplicatedTable]) -> None:
+        assert tables and section.kind in REPLICATED_KINDS
+        self._tables = {table.name: table for table in tables}
+        self._slices = {table.name: nn.Parameter(table.weights) for table in tables}
+        slices = list(self._slices.values())
+        self._optimizer: torch.optim.Optimizer
+        if section.kind == "rowwise_adagrad":
+            self._optimizer = RowWiseAdagrad(slices, lr=section.lr, eps=section.eps)
+        elif section.kind == "adagrad":
+            self._optimizer = torch.optim.Adagrad(slices, lr=section.lr, eps=section.eps)
+        else:
+            self._optimizer = torch.optim.SGD(slices, lr=section.lr)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._tables)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What autograd gives a gradient to."""
+        return list({id(table.parameter): table.parameter for table in self._tables.values()}.values())
+
+    def bind_gradients(self) -> None:
+        """Point each table at its part of its parameter's gradient, which must not be replaced after."""
+        for name, table in self._tables.items():
+            gradient = table.parameter.grad
+            assert gradient is not None
+            part = gradient[table.offset : table.offset + table.weights.numel()]
+            self._slices[name].grad = part.view_as(table.weights)
+
+    def step(self) -> None:
+        self._optimizer.step()
+
+    def state(self, table: str) -> dict[str, torch.Tensor]:
+        """Views, named as the fused optimizers name theirs: "sum", [rows] or [rows, D]; nothing for SGD."""
+        found = self._optimizer.state[self._slices[table]].get("sum")
+        if found is None:
+            return {}
+        return {"sum": found.view(-1) if isinstance(self._optimizer, RowWiseAdagrad) else found}
+
+
+class DenseOptimizer:
+    """Adam, AdamW or SGD over everything that is not a table; also steps the data-parallel tables.
+
+    All gradients live in one flat buffer, so that one all-reduce averages them over the workers. Clipping and
+    schedule are for the dense part; tables have a constant learning rate.
+    """
+
+    def __init__(self, job: Job, model: Trainable, world: World) -> None:
+        """Takes the `.grad` of all dense parameters and data-parallel tables of `model` into its keeping."""
+        self._section = job.optimizer.dense
+        self._world = world
+        self._tables = model.replicated
+        self._parameters = model.dense_parameters()
+        if self._section.schedule.decay != "none" and self._section.schedule.decay_steps is None:
+            raise InputError(
+                f"optimizer.dense.schedule.decay_steps: required by decay {self._section.schedule.decay}"
+            )
+        dense = list(self._parameters.values())
+        everything = dense + (self._tables.parameters() if self._tables else [])
+        starts, size, dense_size = [], 0, 0
+        for index, parameter in enumerate(everything):
+            starts.append(size)
+            size += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
+            if index < len(dense):
+                dense_size = size
+        self._gradient = torch.zeros(size, device=world.device)
+        self._dense_gradient = self._gradient[:dense_size]
+        self._views = [
+            (parameter, self._gradient[start : start + parameter.numel()].view_as(parameter))
+            for parameter, start in zip(everything, starts, strict=True)
+        ]
+        for parameter, view in self._views:
+            parameter.grad = view
+        if self._tables:
+            self._tables.bind_gradients()
+        self._optimizer = _dense_optimizer(self._section, dense)
+
+    def zero_grad(self) -> None:
+        """Before every backward."""
+        self._gradient.zero_()
+
+    def step(self, step: int) -> None:
+        """Average the gradients over the workers and apply them. `step`: how many were taken before."""
+        assert all(parameter.grad is view for parameter, view in self._views), "a gradient was replaced"
+        if self._world.world_size > 1:
+            dist.all_reduce(self._gradient)
+            self._gradient /= self._world.world_size
+        if self._section.clip_norm is not None:
+            norm = torch.linalg.vector_norm(self._dense_gradient)
+            # As torch.nn.utils.clip_grad_norm_ has it; a factor of 1 where the norm is small enough.
+            self._dense_gradient *= (self._section.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._section.lr * schedule_factor(self._section.schedule, step)
+        self._optimizer.step()
+        if self._tables:
+            self._tables.step()
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """The dense optimizer's state, live: "optimizer.<parameter>.<state>"; there from the start."""
+        return {
+            f"optimizer.{name}.{key}": value
+            for name, parameter in self._parameters.items()
+            for key, value in self._optimizer.state[parameter].items()
+        }
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Copy in place a state that `state_tensors` gave. Raises InputError where names or shapes differ."""
+        mine = self.state_tensors()
+        if mine.keys() != tensors.keys():
+            only_mine, only_theirs = mine.keys() - tensors.keys(), tensors.keys() - mine.keys()
+            raise InputError(
+                f"the saved dense optimizer is another: it lacks {_some(only_mine)}, and has "
+                f"{_some(only_theirs)} that this one has not"
+            )
+        for name, value in mine.items():
+            if value.shape != tensors[name].shape:
+                saved = list(tensors[name].shape)
+                raise InputError(
+                    f"the saved dense optimizer does not fit: {name} is {saved}, here {list(value.shape)}"
+                )
+        with torch.no_grad():
+            for name, value in mine.items():
+                value.copy_(tensors[name])
+
+
+def schedule_factor(schedule: Schedule, step: int) -> float:
+    """Factor of the learning rate at `step`, counted from 0: a pure function, so a resume needs no state.
+
+    Step s of a warm-up over w steps has (s + 1) / w, so that no step is taken with 0.
+    """
+    if step < schedule.warmup_steps:
+        return (step + 1) / schedule.warmup_steps
+    if schedule.decay == "none":
+        return 1.0
+    assert schedule.decay_steps is not None
+    progress = min((step - schedule.warmup_steps) / schedule.decay_steps, 1.0)
+    left = 1.0 - progress if schedule.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return schedule.floor + (1.0 - schedule.floor) * left
+
+
+def _dense_optimizer(section: DenseSection, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """torch's optimizer with every state tensor in place.
+
+    torch makes them at the first step, and until then loading a state does nothing, in silence.
+    """
+    if section.kind == "sgd":
+        sgd = torch.optim.SGD(
+            parameters,
+            lr=section.lr,
+            momentum=section.momentum,
+            weight_decay=section.weight_decay,
+            fused=True,
+        )
+        for parameter in parameters:
+            # A zero buffer takes the first step as torch's own empty one does: 0 * momentum + gradient.
+            if section.momentum:
+                sgd.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
+        return sgd
+    kinds: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    adam: torch.optim.Optimizer = kinds[section.kind](
+        parameters,
+        lr=section.lr,
+        betas=section.betas,
+        eps=section.eps,
+        weight_decay=section.weight_decay,
+        fused=True,
+    )
+    for parameter in parameters:
+        adam.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return adam
+
+
+def _some(names: set[str]) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "") or "nothing"

@@ -1,0 +1,191 @@
+"""All that can be known, and refused, before a worker starts. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from mtlrec import storage
+from mtlrec.checkpoint.folder import find, latest
+from mtlrec.checkpoint.lease import Lease
+from mtlrec.checkpoint.manifest import Manifest, read_manifest
+from mtlrec.data.overview import overview
+from mtlrec.data.shards import Dataset
+from mtlrec.data.statistics import measure, needs_measuring
+from mtlrec.job.errors import InputError
+from mtlrec.job.job import CPU_TABLE_OPTIMIZERS, Job, job_from_dict, parse_job
+from mtlrec.schema import build_schema, key_columns
+
+Show = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One attempt at a run, in plain data that travels to every worker."""
+
+    job: dict[str, Any]
+    url: str
+    """The run's folder."""
+    attempt: int
+    fingerprint: str
+    """Of the training data that the driver saw."""
+
+
+def read_job(url: str, overrides: list[str]) -> Job:
+    """The job file at `url`, its paths made absolute. `overrides` count from the current folder."""
+    url = storage.make_absolute(url, ".")
+    try:
+        text = storage.read(url).decode()
+    except FileNotFoundError:
+        raise InputError(f"{url}: there is no such job file") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{url}: not a job file (YAML text)") from None
+    job = parse_job(text, url, overrides)
+    set_here = {override.partition("=")[0].strip() for override in overrides}
+    raw = job.to_dict()
+    for section, field in (("data", "train"), ("data", "eval"), ("run", "storage")):
+        value = raw[section][field]
+        if value is not None:
+            base = "." if f"{section}.{field}" in set_here else storage.parent(url)
+            raw[section][field] = storage.make_absolute(value, base)
+    return job_from_dict(raw, url)
+
+
+def open_run(job: Job, holder: dict[str, Any], show: Show) -> tuple[Run, Lease] | dict[str, Any]:
+    """Take the run's lease, settle what is resumed, and open the data.
+
+    Returns the run and its lease; or, where the run has finished before, its result.
+    Raises InputError where the run is held by another driver, the job or the data differ from the run's, or
+    the data does not fit the schema.
+    """
+    url = storage.join(job.run.storage, job.name)
+    newest = latest(url)
+    before = read_manifest(newest.url) if newest else None
+    job = _measured(job, before, show)
+    schema = build_schema(job.schema_, job.model)
+    train = Dataset.open(job.data.train, schema.columns())
+    held_out = Dataset.open(job.data.eval, schema.columns()) if job.data.eval else None
+    if before is not None:
+        _refuse_change(url, job, train, before)
+    # Nothing has been written so far: a job that is refused leaves no trace.
+    storage.check_writable(job.run.storage)
+    lease = Lease.acquire(url, holder, lambda text: show({"kind": "log", "text": text}))
+    try:
+        result = finished_result(url, job)
+        if result is not None:
+            lease.release()
+            return result
+        newest = latest(url)
+        show({"kind": "data", "role": "train", **overview(train, schema)})
+        if held_out is not None:
+            show({"kind": "log", "text": f"eval: {held_out.rows:,} rows in {len(held_out.shards):,} shards"})
+        if newest is not None:
+            show({"kind": "log", "text": f"resuming {job.name} at step {newest.step:,} from {newest.url}"})
+        text = yaml.safe_dump(job.to_dict(), sort_keys=False)
+        storage.write(storage.join(url, "job.yaml"), text.encode())
+    except BaseException:
+        lease.release()
+        raise
+    return Run(job.to_dict(), url, lease.attempt, train.fingerprint), lease
+
+
+def open_checkpoint(
+    source: str, data: str | None, device: str, batch_size: int | None, payload: dict[str, Any]
+) -> tuple[Job, dict[str, Any]]:
+    """What evaluation and prediction need of the checkpoint, or the run's latest, at `source`.
+
+    Returns its job, made to run on `device`, and `payload` completed with `job`, `checkpoint`, `data` and
+    `batch_size`. Raises InputError where the checkpoint or the data is missing or does not fit.
+    """
+    checkpoint = find(source)
+    raw = read_manifest(checkpoint).meta["job"]
+    raw["run"]["device"] = device
+    if device == "cpu":
+        # Nothing is trained here, so what a CPU cannot train with must not keep it from reading.
+        raw["model"]["precision"] = "float32"
+        if raw["optimizer"]["tables"]["kind"] not in CPU_TABLE_OPTIMIZERS:
+            raw["optimizer"]["tables"]["kind"] = "sgd"
+    job = job_from_dict(raw, checkpoint)
+    url = storage.make_absolute(data, ".") if data is not None else job.data.eval
+    if url is None:
+        raise InputError("--data: the job has no data.eval, so name the Parquet to read")
+    schema = build_schema(job.schema_, job.model)
+    task = {**payload, "job": job.to_dict(), "checkpoint": checkpoint, "data": url}
+    task["batch_size"] = batch_size or job.data.batch_size
+    if "keys" in payload:
+        if payload["keys"] is None:
+            task["keys"] = schema.default_keys()
+        unfit = sorted({task.name for task in schema.tasks} & set(task["keys"]))
+        if unfit:
+            raise InputError(f"--keys: {', '.join(unfit)} would be overwritten by the task of that name")
+        Dataset.open(url, (*schema.columns(labels=False), *key_columns(task["keys"])))
+    else:
+        Dataset.open(url, schema.columns())
+    return job, task
+
+
+def finished_result(url: str, job: Job) -> dict[str, Any] | None:
+    """What the run in `url` ended with, if it has done all the epochs and steps that `job` asks for."""
+    try:
+        result = json.loads(storage.read(storage.join(url, "result.json")))
+    except FileNotFoundError:
+        return None
+    asked = {"epochs": job.run.epochs, "max_steps": job.run.max_steps}
+    return result if result["asked"] == asked else None
+
+
+def _measured(job: Job, before: Manifest | None, show: Show) -> Job:
+    """Fill in means and boundaries: those the run has begun with, else measured on the training data."""
+    if not needs_measuring(job.schema_):
+        return job
+    raw = job.to_dict()
+    if before is not None:
+        kept = before.meta["job"]["schema"]["features"]
+        for name, feature in raw["schema"]["features"].items():
+            for field in ("mean", "std", "boundaries"):
+                if field in feature and feature[field] is None and name in kept:
+                    feature[field] = kept[name].get(field)
+            if feature.get("boundaries") is not None:
+                feature["buckets"] = None
+    else:
+        show({"kind": "log", "text": f"measuring number features on {job.data.train}"})
+        began = time.monotonic()
+
+        def progress(done: int, total: int) -> None:
+            rate = done / max(time.monotonic() - began, 1e-9)
+            left = (total - done) / max(rate, 1e-9)
+            event = {"kind": "progress", "what": "measure", "done": done, "total": total}
+            show({**event, "rows_per_s": rate, "seconds_left": left})
+
+        section = measure(job.data.train, job.schema_, progress)
+        raw["schema"] = section.model_dump(mode="json", by_alias=True)
+    return job_from_dict(raw, f"{job.name} with measured features")
+
+
+def _refuse_change(url: str, job: Job, train: Dataset, before: Manifest) -> None:
+    old, new = ({k: v for k, v in body.items() if k != "run"} for body in (before.meta["job"], job.to_dict()))
+    differences = _differences(old, new, "")
+    if differences:
+        raise InputError(
+            f"{url}: this run was started with another job: {'; '.join(differences)}. "
+            "Only the section run may change; give the job another name, or the old values"
+        )
+    if train.fingerprint != before.meta["data"]["fingerprint"]:
+        change = train.describe_change(before.meta["data"]["index"])
+        raise InputError(
+            f"{job.data.train}: the shards are not those that run {job.name} was trained on: {change}. "
+            "Restore them, or train under another name"
+        )
+
+
+def _differences(old: Any, new: Any, path: str) -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        below = ((key, old.get(key), new.get(key)) for key in keys)
+        return [line for key, a, b in below for line in _differences(a, b, f"{path}.{key}" if path else key)]
+    return [] if old == new else [f"{path} was {old!r}, is {new!r}"]

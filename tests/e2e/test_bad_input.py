@@ -1,0 +1,174 @@
+"""Bad input: exit code 2, one line that says where and what, and nothing left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from mtlrec.cli import main
+from tests.small_data import small_job, write_small_data
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    write_small_data(tmp_path / "train", rows=300)
+    job = small_job(Path("train"), Path("runs"), data__eval=None, run__epochs=1)
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job, sort_keys=False))
+    return tmp_path
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line on stderr after the progress lines; asserts exit code 2 and no traceback."""
+    capsys.readouterr()
+    assert main(list(arguments)) == 2
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("mtlrec: ")
+    assert sum(line.startswith("mtlrec: ") for line in err.splitlines()) == 1
+    return last + out
+
+
+def change(home: Path, column: str, values: object, shard: int = 2) -> Path:
+    """Replace a column of one shard (None: drop it); returns the shard's file."""
+    file = home / "train" / f"part-{shard}.parquet"
+    table = pq.read_table(file)
+    index = table.column_names.index(column)
+    table = table.remove_column(index)
+    if values is not None:
+        table = table.add_column(index, column, values(table) if callable(values) else values)
+    pq.write_table(table, file, row_group_size=50)
+    return file
+
+
+def one_value(value: object, of: type | pa.DataType, otherwise: object = 0) -> Callable[[pa.Table], pa.Array]:
+    """A column with `value` in row 60 (so in the second row group)."""
+    return lambda table: pa.array([value if row == 60 else otherwise for row in range(table.num_rows)], of)
+
+
+BEFORE_A_WORKER_STARTS = {
+    "missing column": (lambda home: change(home, "price", None), ["part-2.parquet", "price"]),
+    "mistyped column": (
+        lambda home: change(home, "item_id", lambda t: pa.array([0.5] * len(t))),
+        ["item_id"],
+    ),
+    "mistyped list": (
+        lambda home: change(home, "history", lambda t: pa.array([1] * len(t))),
+        ["part-2.parquet", "history"],
+    ),
+    "mistyped label": (lambda home: change(home, "click", lambda t: pa.array(["y"] * len(t))), ["click"]),
+    "truncated file": (
+        lambda home: (home / "train" / "part-1.parquet").write_bytes(
+            (home / "train" / "part-1.parquet").read_bytes()[:-200]
+        ),
+        ["part-1.parquet"],
+    ),
+    "not a parquet file": (lambda home: (home / "train" / "x.parquet").write_text("hello"), ["x.parquet"]),
+}
+
+
+@pytest.mark.parametrize("case", BEFORE_A_WORKER_STARTS)
+def test_data_that_does_not_fit_is_refused_before_a_worker_starts(
+    home: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    spoil, words = BEFORE_A_WORKER_STARTS[case]
+    spoil(home)
+    line = refused(capsys, "train", str(home / "job.yaml"), "--workers", "2")
+    for word in words:
+        assert word in line
+    assert not (home / "runs").exists()
+
+
+WHILE_READING = {
+    "identity id out of range": (
+        "hour",
+        one_value(24, pa.int32()),
+        ["part-2.parquet", "row group 1", "hour", "24"],
+    ),
+    "label not 0 or 1": ("click", one_value(2, pa.int8()), ["part-2.parquet", "row group 1", "click", "2"]),
+    "unknown scenario": ("country", one_value("fr", pa.string(), "ca"), ["country", "'fr'", "ca, de, mx"]),
+    "null scenario": ("country", one_value(None, pa.string(), "ca"), ["part-2.parquet", "country", "null"]),
+    "infinite number": ("price", one_value(np.inf, pa.float64()), ["part-2.parquet", "price", "inf"]),
+    "wrong vector": ("picture", one_value([1.0], pa.list_(pa.float32()), [1.0, 2.0, 3.0]), ["picture", "3"]),
+}
+
+
+@pytest.mark.parametrize("case", WHILE_READING)
+def test_a_bad_row_is_named_by_file_row_group_column_and_value(
+    home: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    column, values, words = WHILE_READING[case]
+    change(home, column, values)
+    line = refused(capsys, "train", str(home / "job.yaml"))
+    for word in words:
+        assert word in line, line
+    checkpoints = home / "runs" / "small" / "checkpoints"
+    assert not checkpoints.exists() or not list(checkpoints.iterdir())
+
+
+def test_empty_and_missing_data_are_named(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "nothing").mkdir()
+    job = str(home / "job.yaml")
+    assert "nothing" in refused(capsys, "train", job, "--set", f"data.train={home}/nothing")
+    assert "nowhere" in refused(capsys, "train", job, "--set", f"data.train={home}/nowhere")
+    assert not (home / "runs").exists()
+
+
+def test_wrong_jobs_and_options_are_named(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = str(home / "job.yaml")
+    assert "model.dims: unknown field" in refused(capsys, "train", job, "--set", "model.dims=3")
+    assert "run.workers: 9" in refused(capsys, "train", job, "--workers", "9")
+    assert "no such job file" in refused(capsys, "train", str(home / "none.yaml"))
+    assert "allowed: census" in refused(capsys, "prepare", "nosuch", str(home), str(home / "out"))
+    with pytest.raises(SystemExit) as caught:
+        main(["train"])
+    assert caught.value.code == 2
+    assert not (home / "runs").exists()
+
+
+def test_what_cannot_be_written_to_is_named(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "file").write_text("in the way")
+    job = str(home / "job.yaml")
+    assert str(home / "file") in refused(capsys, "train", job, "--set", f"run.storage={home}/file")
+
+
+def test_changed_jobs_and_shards_are_refused_on_resume(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = str(home / "job.yaml")
+    assert main(["train", job, "--set", "run.max_steps=3"]) == 0
+    line = refused(capsys, "train", job, "--set", "model.dim=16")
+    assert "model.dim was 8, is 16" in line and "another name" in line
+    change(home, "price", lambda table: pa.array(np.ones(table.num_rows)))
+    line = refused(capsys, "train", job)
+    assert "part-2.parquet" in line
+
+
+def test_checkpoints_that_are_none_are_named(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("evaluate", "inspect"):
+        assert "nowhere" in refused(capsys, command, str(home / "nowhere"))
+        assert "not a checkpoint" in refused(capsys, command, str(home))
+    assert main(["train", str(home / "job.yaml"), "--set", "run.max_steps=2"]) == 0
+    block = next((home / "runs" / "small" / "checkpoints").rglob("item_id/*.safetensors"))
+    block.write_bytes(block.read_bytes()[:-8])
+    line = refused(capsys, "evaluate", str(home / "runs" / "small"), "--data", str(home / "train"))
+    assert block.name in line
+
+
+def test_an_unknown_scenario_or_column_is_named_when_predicting(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(home / "job.yaml"), "--set", "run.max_steps=2"]) == 0
+    run_dir, out = str(home / "runs" / "small"), str(home / "out")
+    common = ["predict", run_dir, "--data", str(home / "train"), "--out", out]
+    assert "nosuch" in refused(capsys, *common, "--keys", "nosuch")
+    assert "click" in refused(capsys, *common, "--keys", "click")
+    change(home, "country", one_value("fr", pa.string(), "ca"))
+    assert "'fr'" in refused(capsys, *common)
+    assert not Path(out, "_predictions.json").exists()

@@ -1,0 +1,176 @@
+"""The main job on real Ray Train workers, from the command line: crashes, resumes, what is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import yaml
+
+from tests.distributed.test_training import recorded_rows
+from tests.small_data import small_job, write_small_data
+
+STEPS = 400
+"""Long enough to be killed in the middle, at 15 to 40 steps a second."""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("home")
+    write_small_data(folder / "train")
+    job = small_job(Path("train"), Path("runs"), run__epochs=100, run__workers=2, run__report_every_s=0.5)
+    job["run"] |= {"max_steps": STEPS, "record_rows": True, "checkpoint": {"every_steps": 50}}
+    (folder / "job.yaml").write_text(yaml.safe_dump(job, sort_keys=False))
+    return folder
+
+
+class Command:
+    """`mtlrec ...` in a process of its own, with a Ray of its own."""
+
+    def __init__(self, home: Path, *arguments: str) -> None:
+        self.err = home / f"{time.monotonic_ns()}.err"
+        with self.err.open("wb") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "mtlrec.cli", *arguments, "--json"],
+                cwd=home,
+                stdout=subprocess.PIPE,
+                stderr=err,
+                text=True,
+                # Ray's sockets have a limit on the length of their path, which pytest's folders exceed.
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+
+    def result(self, code: int = 0, timeout: float = 240) -> dict[str, Any]:
+        out, _ = self.process.communicate(timeout=timeout)
+        assert self.process.returncode == code, self.err.read_text()[-4000:]
+        assert "Traceback" not in self.err.read_text()
+        return json.loads(out)
+
+    def descendants(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def wait_for(self, condition: Callable[[], bool], timeout: float = 180) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert self.process.poll() is None, self.err.read_text()[-4000:]
+            assert time.monotonic() < deadline, self.err.read_text()[-4000:]
+            time.sleep(0.1)
+
+
+def wait_until_gone(processes: list[psutil.Process], timeout: float = 120) -> None:
+    _, alive = psutil.wait_procs(processes, timeout)
+    assert not alive, [process.cmdline() for process in alive]
+
+
+def checkpoints(home: Path, name: str) -> list[str]:
+    return sorted(
+        str(path.parent.name) for path in (home / "runs" / name).glob("checkpoints/*/manifest.json")
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(home: Path) -> dict[str, Any]:
+    """The same job in one plain process."""
+    return Command(home, "train", "job.yaml", "--name", "plain", "--workers", "0").result()
+
+
+def final_metrics_agree(result: dict[str, Any], undisturbed: dict[str, Any]) -> None:
+    for task, numbers in undisturbed["metrics"]["all"].items():
+        for name, value in numbers.items():
+            if isinstance(value, float):
+                assert result["metrics"]["all"][task][name] == pytest.approx(value, rel=1e-3), name
+
+
+def trained_rows(home: Path, name: str) -> list[list[int]]:
+    """Rows of every step; where a step was trained again after a crash, as the last attempt did it."""
+    return recorded_rows(str(home / "runs" / name))
+
+
+def test_two_workers_end_where_one_process_does_and_leave_nothing(
+    home: Path, undisturbed: dict[str, Any]
+) -> None:
+    command = Command(home, "train", "job.yaml", "--name", "two")
+    command.wait_for(lambda: bool(checkpoints(home, "two")))
+    ours = command.descendants()
+    result = command.result()
+    assert result["steps"] == STEPS
+    final_metrics_agree(result, undisturbed)
+    assert trained_rows(home, "two") == trained_rows(home, "plain")
+    wait_until_gone(ours)
+    assert "embedding tables on 2 worker(s)" in command.err.read_text()
+
+
+def test_a_killed_worker_and_a_killed_driver_lose_nothing(home: Path, undisturbed: dict[str, Any]) -> None:
+    first = Command(home, "train", "job.yaml", "--name", "killed")
+    first.wait_for(lambda: bool(checkpoints(home, "killed")))
+    # A second driver is told who holds the run, while it is alive.
+    refused = Command(home, "train", "job.yaml", "--name", "killed").result(code=2, timeout=60)
+    assert str(first.process.pid) in refused["error"]
+    workers = [process for process in first.descendants() if "RayTrainWorker" in " ".join(process.cmdline())]
+    assert len(workers) == 2, [process.cmdline() for process in first.descendants()]
+    os.kill(workers[1].pid, signal.SIGKILL)
+    seen = set(checkpoints(home, "killed"))
+    first.wait_for(lambda: bool(set(checkpoints(home, "killed")) - seen))
+    attempts = {name.split(".a")[1] for name in checkpoints(home, "killed")}
+    assert len(attempts) > 1, "the restarted workers write to folders of their own"
+    ours = first.descendants()
+    os.kill(first.process.pid, signal.SIGKILL)
+    first.process.wait()
+    wait_until_gone(ours)
+    second = Command(home, "train", "job.yaml", "--name", "killed", "--workers", "1")
+    result = second.result()
+    assert "resuming killed at step" in second.err.read_text()
+    assert result["steps"] == STEPS
+    final_metrics_agree(result, undisturbed)
+    assert trained_rows(home, "killed") == trained_rows(home, "plain")
+    left = {path.name for path in (home / "runs" / "killed" / "checkpoints").iterdir()}
+    assert left == set(checkpoints(home, "killed")), "what was half-written has been swept"
+
+
+def test_a_stop_request_saves_and_exits_with_3(home: Path, undisturbed: dict[str, Any]) -> None:
+    command = Command(home, "train", "job.yaml", "--name", "stopped")
+    command.wait_for(lambda: bool(checkpoints(home, "stopped")))
+    command.process.send_signal(signal.SIGINT)
+    result = command.result(code=3)
+    assert result["stopped"] and 50 <= result["steps"] < STEPS
+    assert result["checkpoint"].endswith(f"step-{result['steps']:012d}.a0001")
+    result = Command(home, "train", "job.yaml", "--name", "stopped", "--workers", "0").result()
+    final_metrics_agree(result, undisturbed)
+    assert trained_rows(home, "stopped") == trained_rows(home, "plain")
+
+
+def test_evaluate_and_predict_on_workers_agree_with_one_process(
+    home: Path, undisturbed: dict[str, Any]
+) -> None:
+    run_dir = undisturbed["run_dir"]
+    measured = Command(home, "evaluate", run_dir, "--workers", "2").result()
+    for task, numbers in undisturbed["metrics"]["all"].items():
+        for name, value in numbers.items():
+            if isinstance(value, float):
+                assert np.isclose(measured["metrics"]["all"][task][name], value, atol=1e-6), name
+
+
+def test_bad_rows_end_all_workers_with_one_line(home: Path) -> None:
+    write_small_data(home / "spoilt", seed=3)
+    job = yaml.safe_load((home / "job.yaml").read_text())
+    job["data"]["train"] = "spoilt"
+    job["schema"]["features"]["hour"]["rows"] = 23
+    (home / "spoilt.yaml").write_text(yaml.safe_dump(job))
+    command = Command(home, "train", "spoilt.yaml", "--name", "spoilt")
+    ours: list[psutil.Process] = []
+    while command.process.poll() is None:
+        ours = command.descendants() or ours
+        time.sleep(0.2)
+    error = command.result(code=2)["error"]
+    assert "hour" in error and "23" in error
+    wait_until_gone(ours)

@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mtlrec.job.job import job_from_dict, job_json_schema
+from mtlrec.model.backbones.registry import BACKBONES
+from mtlrec.model.model import Recommender, build_model
+from mtlrec.model.starting import dense_parameter
+from mtlrec.model.towers import Towers
+from mtlrec.schema import build_schema
+from tests.model.example import cut, example_job, example_schema, global_rows
+from tests.model.reference import PlainModel
+
+CPU = torch.device("cpu")
+
+
+def with_tables(model: Recommender) -> Recommender:
+    """The model with its tables in memory, as they are before sharding."""
+    assert model.tables is not None
+    model.tables.to_empty(device=CPU)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weights in model.tables.parameters():
+            weights.copy_(torch.randn(weights.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"backbone": {"kind": "shared_bottom", "hidden": [12, 10]}, "tower": {"hidden": [6, 5]}},
+        {"backbone": {"kind": "shared_bottom", "hidden": [12]}, "tower": {"hidden": []}},
+        {"backbone": {"kind": "mmoe", "experts": 3, "hidden": [12, 10, 7]}, "tower": {"hidden": [6]}},
+        {"backbone": {"kind": "mmoe", "experts": 1, "hidden": [12]}, "tower": {"hidden": [6]}},
+        {"backbone": {"kind": "mmoe", "experts": 2, "hidden": [9, 9], "scenario_gates": True}},
+    ],
+)
+def test_whole_model_is_the_plain_one(section: dict[str, Any]) -> None:
+    job = example_job(model={"dim": 8, **section})
+    schema = example_schema(job)
+    model = with_tables(build_model(job, schema, CPU))
+    # From anywhere but the start, so that biases of scenarios count.
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for _, parameter in sorted(
+            {**dict(model.backbone.named_parameters()), **dict(model.towers.named_parameters())}.items()
+        ):
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    assert model.tables is not None
+    named = {name: value for name, value in model.named_parameters() if not name.startswith("tables.")}
+    tables = {name.split(".")[1]: value for name, value in model.tables.named_parameters()}
+    plain = PlainModel(job, schema, tables, named)
+    rows = global_rows(schema, 96, seed=5, present=4)
+    outputs, expected = model(cut(rows, schema, 0, 1)), plain.forward(rows)
+    here = torch.from_numpy(rows.present)
+    torch.testing.assert_close(outputs[: int(here.sum())], expected[here], rtol=1e-4, atol=1e-5)
+    slope = torch.randn(outputs.shape, generator=generator)
+    (outputs[: int(here.sum())] * slope[: int(here.sum())]).sum().backward()
+    (expected[here] * slope[: int(here.sum())]).sum().backward()
+    for name, parameter in named.items():
+        torch.testing.assert_close(parameter.grad, plain.dense[name].grad, rtol=1e-3, atol=1e-4, msg=name)
+    for name, weights in tables.items():
+        torch.testing.assert_close(weights.grad, plain.tables[name].grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_outputs_are_one_float_per_row_and_task() -> None:
+    job = example_job()
+    schema = example_schema(job)
+    outputs = with_tables(build_model(job, schema, CPU))(cut(global_rows(schema, 96, 1), schema, 1, 3))
+    # Ranks 0 and 1 of 3 serve 5 lanes, rank 2 serves 6: all are padded to 6 lanes of 6 rows.
+    assert outputs.shape == (36, 3)
+    assert outputs.dtype == torch.float32
+    assert torch.isfinite(outputs).all()
+
+
+def test_names_in_checkpoints_are_pinned() -> None:
+    job = example_job()
+    names = [name for name, _ in build_model(job, example_schema(job), CPU).named_parameters()]
+    assert [name for name in names if not name.startswith("tables.")] == [
+        "backbone.scenario_bias",
+        "backbone.first.weight",
+        "backbone.first.bias",
+        "backbone.rest.0.weight",
+        "backbone.rest.0.bias",
+        "backbone.gates.weight",
+        "towers.layers.0.weight",
+        "towers.layers.0.bias",
+        "towers.last.weight",
+        "towers.last.bias",
+    ]
+    job = example_job(
+        model={"backbone": {"kind": "shared_bottom", "hidden": [4, 4]}, "tower": {"hidden": []}}
+    )
+    names = [name for name, _ in build_model(job, example_schema(job), CPU).named_parameters()]
+    assert [name for name in names if not name.startswith("tables.")] == [
+        "backbone.trunk.layers.0.weight",
+        "backbone.trunk.layers.0.bias",
+        "backbone.trunk.layers.1.weight",
+        "backbone.trunk.layers.1.bias",
+        "towers.last.weight",
+        "towers.last.bias",
+    ]
+
+
+def test_dense_start_follows_from_seed_and_name() -> None:
+    job = example_job()
+    schema = example_schema(job)
+    torch.manual_seed(1)
+    one = dict(build_model(job, schema, CPU).named_parameters())
+    torch.manual_seed(2)
+    same = dict(build_model(job, schema, CPU).named_parameters())
+    other = dict(build_model(example_job(seed=4), schema, CPU).named_parameters())
+    for name, value in one.items():
+        if name.startswith("tables."):
+            continue
+        assert torch.equal(value, same[name]), name
+        if name == "backbone.scenario_bias":
+            assert not value.any()
+        else:
+            assert not torch.equal(value, other[name]), name
+    expected = dense_parameter(job.seed, "towers.last.weight", (3, 6, 1), 6**-0.5)
+    assert torch.equal(one["towers.last.weight"], torch.from_numpy(expected))
+    width = sum(schema.table_of[feature.table].dim for feature in schema.id_features) + schema.dense_width
+    assert one["backbone.first.weight"].abs().max() <= width**-0.5
+
+
+def test_every_backbone_of_the_job_is_there_and_takes_its_fields() -> None:
+    section = job_json_schema()["$defs"]["ModelSection"]["properties"]["backbone"]
+    assert set(section["discriminator"]["mapping"]) == set(BACKBONES)
+    for kind in BACKBONES:
+        job = example_job(model={"backbone": {"kind": kind}})
+        schema = example_schema(job)
+        backbone = build_model(job, schema, CPU).backbone
+        width = sum(schema.table_of[feature.table].dim for feature in schema.id_features) + 4
+        shared = backbone(torch.randn(5, width), torch.tensor([0, 1, 2, 0, 1]))
+        assert shared.shape == (3, 5, backbone.outputs)
+
+
+class Recording(nn.Module):
+    """A backbone that keeps what it is handed."""
+
+    def forward(self, x: torch.Tensor, scenario: torch.Tensor) -> torch.Tensor:
+        self.seen = (x, scenario)
+        return x.expand(3, *x.shape)
+
+
+def test_backbone_is_handed_embeddings_dense_numbers_and_scenario() -> None:
+    job = example_job()
+    schema = example_schema(job)
+    tables = with_tables(build_model(job, schema, CPU)).tables
+    features = [feature.name for feature in schema.id_features]
+    width = 8 * len(features) + schema.dense_width
+    backbone = Recording()
+    batch = cut(global_rows(schema, 96, 1), schema, 0, 1)
+    Recommender(tables, features, backbone, Towers(inputs=width, num_tasks=3, hidden=[]))(batch)
+    x, scenario = backbone.seen
+    assert x.shape == (96, width)
+    assert torch.equal(scenario, batch.scenario)
+    assert torch.equal(x[:, -schema.dense_width :], batch.dense)
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        {"age": {"kind": "number"}, "image": {"kind": "vector", "size": 2}},
+        {"user": {"kind": "id", "rows": 5}},
+    ],
+    ids=["no tables", "no dense numbers"],
+)
+def test_a_schema_may_lack_tables_or_dense_numbers(features: dict[str, Any]) -> None:
+    raw = example_job().to_dict()
+    raw["schema"] = {"features": features, "tasks": {"click": {"kind": "binary"}}}
+    job = job_from_dict(raw, "example")
+    schema = build_schema(job.schema_, job.model)
+    model = build_model(job, schema, CPU)
+    assert (model.tables is None) == ("user" not in features)
+    if model.tables is not None:
+        with_tables(model)
+    outputs = model(cut(global_rows(schema, 32, 1), schema, 0, 1))
+    assert outputs.shape == (32, 1)
+
+
+def test_mixed_precision_keeps_weights_and_outputs_float32() -> None:
+    job = example_job()
+    schema = example_schema(job)
+    model = with_tables(build_model(job, schema, CPU))
+    batch = cut(global_rows(schema, 96, 1), schema, 0, 1)
+    exact = model(batch)
+    model.mixed = True
+    mixed = model(batch)
+    assert mixed.dtype == torch.float32
+    assert not torch.equal(mixed, exact)
+    torch.testing.assert_close(mixed, exact, atol=0.03, rtol=0.03)
+    mixed.sum().backward()
+    assert all(
+        parameter.grad.dtype == torch.float32
+        for parameter in model.parameters()
+        if parameter.grad is not None
+    )
+
+
+def test_towers_do_not_see_each_other() -> None:
+    towers = Towers(inputs=4, num_tasks=2, hidden=[3])
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in towers.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    x = torch.randn(2, 5, 4, generator=generator, requires_grad=True)
+    towers(x)[0].sum().backward()
+    assert x.grad is not None
+    assert x.grad[0].any() and not x.grad[1].any()
+    assert towers.last.weight.grad is not None
+    assert towers.last.weight.grad[0].any() and not towers.last.weight.grad[1].any()

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+from mtlrec.model.tables import build_tables, pool
+from mtlrec.schema import Schema
+from tests.model.example import cut, example_job, example_schema, global_rows
+
+
+class Shuffled(nn.Module):
+    """Returns the embeddings in another order, as a sharded collection may."""
+
+    def __init__(self, tables: nn.Module) -> None:
+        super().__init__()
+        self.tables = tables
+
+    def forward(self, ids: KeyedJaggedTensor) -> KeyedTensor:
+        found = self.tables(ids).to_dict()
+        keys = sorted(found, reverse=True)
+        return KeyedTensor(
+            keys, [found[key].shape[1] for key in keys], torch.cat([found[key] for key in keys], dim=1)
+        )
+
+
+def real_tables(schema: Schema) -> nn.Module:
+    tables = build_tables(schema, torch.device("cpu"))
+    assert tables is not None
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weights in tables.parameters():
+            weights.copy_(torch.randn(weights.shape, generator=generator))
+    return tables
+
+
+def test_pooled_as_one_row_at_a_time_would_be() -> None:
+    schema = example_schema(example_job())
+    tables = real_tables(schema)
+    rows = global_rows(schema, 48, seed=1, present=2)
+    batch = cut(rows, schema, 0, 1)
+    features = [feature.name for feature in schema.id_features]
+    weights = {name.split(".")[1]: value for name, value in tables.named_parameters()}
+    for feature, found in zip(schema.id_features, pool(tables, batch.ids, features), strict=True):
+        table = schema.table_of[feature.table]
+        jagged = batch.ids[feature.name].to_dense()
+        for row, ids in enumerate(jagged):
+            expected = torch.zeros(table.dim)
+            for each in ids.tolist():
+                expected = expected + weights[table.name][each]
+            if table.pooling == "mean" and len(ids):
+                expected = expected / len(ids)
+            torch.testing.assert_close(found[row], expected)
+    empty = [len(ids) == 0 for ids in batch.ids["history"].to_dense()]
+    assert any(empty) and not all(empty)
+
+
+def test_picked_by_key_whatever_the_order() -> None:
+    schema = example_schema(example_job())
+    tables = real_tables(schema)
+    batch = cut(global_rows(schema, 48, seed=1), schema, 0, 1)
+    features = [feature.name for feature in schema.id_features]
+    assert list(Shuffled(tables)(batch.ids).keys()) != features
+    expected, found = pool(tables, batch.ids, features), pool(Shuffled(tables), batch.ids, features)
+    for one, other in zip(expected, found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_tables_are_the_schemas() -> None:
+    schema = example_schema(example_job())
+    tables = build_tables(schema, torch.device("meta"))
+    assert tables is not None
+    configs = {config.name: config for config in tables.embedding_bag_configs()}
+    assert list(configs) == [table.name for table in schema.tables]
+    assert (configs["item"].num_embeddings, configs["item"].embedding_dim) == (41, 8)
+    # One table for an id and a list of ids of the same kind.
+    assert configs["item"].feature_names == ["item", "history"]
+    assert all(parameter.device.type == "meta" for parameter in tables.parameters())

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import mtlrec.plan
+from mtlrec.distributed import World, init_single_process, shut_down
+from mtlrec.job.errors import InputError
+from mtlrec.job.job import Job
+from mtlrec.model.model import Recommender, build_model
+from mtlrec.plan import Plan, Shard
+from mtlrec.sharding import ShardedModel, shard
+from tests.model.example import example_job, example_schema
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    yield init_single_process(30.0)
+    shut_down()
+
+
+def model_of(job: Job) -> Recommender:
+    return build_model(job, example_schema(job), torch.device("cpu"))
+
+
+def sharded(world: World, plan: dict[str, Any] | None = None, **changes: Any) -> ShardedModel:
+    job = example_job(**changes)
+    return shard(model_of(job), job, world, plan)
+
+
+def test_plan_survives_json(world: World) -> None:
+    plan = sharded(world, run={"sharding": {"user": "row_wise", "item": "data_parallel"}}).plan
+    again = Plan.from_dict(json.loads(json.dumps(plan.to_dict())))
+    assert again == plan
+    by_name = {table.name: table for table in plan.tables}
+    assert by_name["user"].shards == (Shard(0, 0, 5000, 8, 0),)
+    assert by_name["item"].shards == ()
+
+
+def test_planning_twice_gives_one_plan(world: World) -> None:
+    assert sharded(world).plan == sharded(world).plan
+
+
+def test_a_saved_plan_is_used_where_it_fits(world: World) -> None:
+    fresh = sharded(world).plan.to_dict()
+    other = json.loads(json.dumps(fresh))
+    for table in other["tables"]:
+        table["kind"] = "row_wise" if table["kind"] == "table_wise" else "table_wise"
+    assert sharded(world, other).plan.to_dict() == other != fresh
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"world_size": 2},
+        {"device": "cuda"},
+        {"optimizer": "sgd"},
+        {"requested": "row_wise"},
+        {"tables": []},
+        {"tables": [{"name": "user"}]},
+        {"tables": "nonsense"},
+    ],
+)
+def test_a_saved_plan_for_something_else_is_left_aside(world: World, change: dict[str, Any]) -> None:
+    fresh = sharded(world).plan.to_dict()
+    assert sharded(world, {**fresh, **change}).plan.to_dict() == fresh
+
+
+def test_a_saved_plan_with_a_hole_is_left_aside(world: World) -> None:
+    fresh = sharded(world).plan.to_dict()
+    holed = json.loads(json.dumps(fresh))
+    holed["tables"][1]["shards"][0]["rows"] -= 1
+    with pytest.raises(ValueError, match="do not make up the table"):
+        Plan.from_dict(holed)
+    assert sharded(world, holed).plan.to_dict() == fresh
+
+
+def test_unknown_tables_are_refused(world: World) -> None:
+    with pytest.raises(
+        InputError, match=r"^run\.sharding\.users: there is no such table; tables: scenario, user, "
+    ):
+        sharded(world, run={"sharding": {"users": "row_wise"}})
+
+
+def test_column_wise_is_refused_with_a_row_wise_state(world: World) -> None:
+    # The job refuses it first; here it is set past the job's own check.
+    job = example_job()
+    run = job.run.model_copy(update={"sharding": {"user": "column_wise"}})
+    with pytest.raises(InputError, match=r"^run\.sharding: column_wise is not for rowwise_adagrad"):
+        shard(model_of(job), job.model_copy(update={"run": run}), world)
+
+
+def test_data_parallel_is_refused_with_adam(world: World) -> None:
+    job = example_job(
+        run={"device": "cuda", "sharding": "data_parallel"}, optimizer={"tables": {"kind": "adam"}}
+    )
+    with pytest.raises(InputError, match=r"^run\.sharding: data_parallel is not for adam"):
+        shard(model_of(job), job, world)
+
+
+def test_tables_beyond_the_memory_are_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mtlrec.plan, "read_memory", lambda: (100_000, 50_000))
+    for wish in ("auto", "row_wise", "table_wise"):
+        with pytest.raises(InputError, match="find no place on 1 worker") as caught:
+            sharded(world, run={"sharding": wish})
+        assert "\n" not in str(caught.value)
+
+
+def test_plan_table_counts_weights_and_state(world: World) -> None:
+    rows = {row["table"]: row for row in sharded(world, run={"sharding": "row_wise"}).plan_table()}
+    assert list(rows) == ["scenario", "user", "item", "tags", "flag", "only", "price"]
+    assert rows["user"] == {
+        "table": "user",
+        "kind": "row_wise",
+        "rows": 5000,
+        "dim": 8,
+        "ranks": [0],
+        "bytes": 5000 * 8 * 4 + 5000 * 4,
+    }
+    adagrad = sharded(world, optimizer={"tables": {"kind": "adagrad"}}).plan_table()
+    assert adagrad[1]["bytes"] == 2 * 5000 * 8 * 4
+    assert sharded(world, optimizer={"tables": {"kind": "sgd"}}).plan_table()[1]["bytes"] == 5000 * 8 * 4
