@@ -84,18 +84,18 @@ class Display:
         losses = "  ".join(f"{task} {_number(loss)}" for task, loss in event.get("losses", {}).items())
         left = _duration(event["seconds_left"])
         done, total, what = event["done"], event["total"], event["what"]
+        rate = f"{event['rows_per_s']:,.0f} {event.get('unit', 'samples')}/s"
         if self._live:
             if self._bar is None:
                 columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
                 self._bar = Progress(*columns, console=self.console, transient=True)
                 self._bar.start()
                 self._task = self._bar.add_task(what, total=total, text="")
-            text = f"{done:,}/{total:,}  {event['rows_per_s']:,.0f} samples/s  {losses}  {left} left"
+            text = f"{done:,}/{total:,}  {rate}  {losses}  {left} left"
             self._bar.update(self._task, description=what, total=total, completed=done, text=text)
         now = time.monotonic()
         if not self._live and (now - self._last_line >= LINE_EVERY_S or done >= total):
             self._last_line = now
-            rate = f"{event['rows_per_s']:,.0f} samples/s"
             self.say(f"{what} {done:,}/{total:,}  {rate}  {losses}  {left} left".replace("    ", "  "))
         if done >= total:
             self.close()

@@ -60,10 +60,6 @@ def dtype_name(tensor: torch.Tensor) -> str:
     return _NAMES[tensor.dtype]
 
 
-def dtype_of(name: str) -> torch.dtype:
-    return _TYPES[name]
-
-
 def to_bytes(tensor: torch.Tensor) -> memoryview:
     """The elements, row-major: of a contiguous tensor on the CPU its own memory, else a copy of it."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)

@@ -76,7 +76,6 @@ class Run:
 
 
 SCHEMA = example_schema(example_job())
-torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +116,7 @@ def test_losses_agree(runs: dict[tuple[str, int], Run], case: str, world_size: i
 
 @pytest.mark.parametrize("case", FAMILIES)
 def test_losses_are_those_of_plain_pytorch(runs: dict[tuple[str, int], Run], case: str) -> None:
+    torch.set_num_threads(1)
     job = example_job(**CASES[case])
     schema = example_schema(job)
     run = runs[case, 1]

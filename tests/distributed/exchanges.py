@@ -1,0 +1,55 @@
+"""Called on every rank: each exchange once, and what it gave."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from mtlrec.distributed import (
+    World,
+    all_gather_bytes,
+    all_ok,
+    all_reduce_sum,
+    broadcast_bytes,
+    gather_bytes,
+)
+
+
+def exchange(world: World) -> dict[str, Any]:
+    mine = torch.tensor([world.rank, 10 * world.rank], dtype=torch.float64)
+    words = bytes(range(7 * world.rank)) + b"\0"
+    gathered = gather_bytes(words, world)
+    errors = {
+        "none": all_ok(None, world),
+        "one": all_ok("größer als erlaubt" if world.rank == 1 else None, world),
+        "empty": all_ok("" if world.rank == 2 else None, world),
+    }
+    return {
+        "world": [world.rank, world.world_size, world.local_rank, world.local_world_size],
+        "sum": all_reduce_sum(mine, world).numpy(),
+        "untouched": mine.numpy(),
+        "count": all_reduce_sum(torch.tensor([2**53 + 1]), world).numpy(),
+        "gathered": None if gathered is None else [list(part) for part in gathered],
+        "everywhere": [list(part) for part in all_gather_bytes(words, world)],
+        "nothing": [list(part) for part in all_gather_bytes(b"", world)],
+        "broadcast": list(broadcast_bytes(b"from 0" if world.rank == 0 else None, world)),
+        "broadcast nothing": list(broadcast_bytes(b"", world)),
+        "errors": errors,
+        "array": np.arange(3),
+    }
+
+
+def fail_on_one(world: World) -> dict[str, Any]:
+    if world.rank == 1:
+        raise RuntimeError("this rank is broken")
+    all_ok(None, world)
+    return {}
+
+
+def hang(world: World) -> dict[str, Any]:
+    import time
+
+    time.sleep(600)
+    return {}
