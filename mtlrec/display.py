@@ -6,10 +6,14 @@ import sys
 import time
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+PLAIN_WIDTH = 120
+"""Columns of a table that goes to a file or a pipe."""
+_SHORT = {"positives": "pos.", "calibration": "calib."}
 LINE_EVERY_S = 10.0
 """Without a terminal, progress is a line every so often."""
 
@@ -19,11 +23,12 @@ class Display:
 
     def __init__(self, quiet: bool = False) -> None:
         terminal = sys.stderr.isatty()
-        self.console = Console(stderr=True, quiet=quiet, soft_wrap=not terminal, highlight=False)
+        width = None if terminal else PLAIN_WIDTH
+        self.console = Console(stderr=True, quiet=quiet, width=width, soft_wrap=not terminal, highlight=False)
         self._bar: Progress | None = None
         self._task: Any = None
         self._live = terminal and not quiet
-        self._last_line = 0.0
+        self._what, self._last_line = "", 0.0
 
     def handle(self, event: dict[str, Any]) -> None:
         """Draw one event; a kind this screen does not know is ignored."""
@@ -51,9 +56,7 @@ class Display:
         )
         scenarios = event["scenarios"]
         tasks = list(next(iter(scenarios.values()))["tasks"])
-        table = Table(
-            title=f"labels, over {event['sampled_rows']:,} rows read for this table", title_justify="left"
-        )
+        table = _table(f"labels, in {event['sampled_rows']:,} rows read for this table")
         table.add_column("scenario")
         table.add_column("rows", justify="right")
         for task in tasks:
@@ -70,7 +73,7 @@ class Display:
         self.console.print(table)
 
     def _on_plan(self, event: dict[str, Any]) -> None:
-        table = Table(title=f"embedding tables on {event['workers']} worker(s)", title_justify="left")
+        table = _table(f"embedding tables on {event['workers']} worker(s)")
         for column in ("table", "rows", "dim", "MiB", "sharding", "ranks"):
             table.add_column(column, justify="left" if column in ("table", "sharding") else "right")
         for row in event["tables"]:
@@ -94,6 +97,8 @@ class Display:
             text = f"{done:,}/{total:,}  {rate}  {losses}  {left} left"
             self._bar.update(self._task, description=what, total=total, completed=done, text=text)
         now = time.monotonic()
+        if what != self._what:
+            self._what, self._last_line = what, now
         if not self._live and (now - self._last_line >= LINE_EVERY_S or done >= total):
             self._last_line = now
             self.say(f"{what} {done:,}/{total:,}  {rate}  {losses}  {left} left".replace("    ", "  "))
@@ -110,12 +115,14 @@ class Display:
             here = [task for task in tasks if kind in metrics["all"][task]]
             if not here:
                 continue
-            table = Table(title=title, title_justify="left")
+            table = _table(title)
             for name in ("scenario", "task", "rows", *(["positives"] if kind == "auc" else []), *columns):
-                table.add_column(name, justify="left" if name in ("scenario", "task") else "right")
+                table.add_column(
+                    _SHORT.get(name, name), justify="left" if name in ("scenario", "task") else "right"
+                )
             known = [column for column in columns if ideal and column != "calibration" and column != "mae"]
             for column in known:
-                table.add_column(f"{column}\nto ideal", justify="right")
+                table.add_column(f"{column}\n- ideal", justify="right")
             for scenario, by_task in metrics.items():
                 for task in here:
                     numbers = by_task[task]
@@ -129,6 +136,10 @@ class Display:
                         cells.append("-" if mine is None or ours is None else f"{mine - ours:+.4f}")
                     table.add_row(scenario, task, *cells)
             self.console.print(table)
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 
 def _number(value: float | None) -> str:

@@ -17,6 +17,7 @@ from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.proposers import GreedyProposer, UniformProposer
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError, ShardingOption
+from torchrec.distributed.sharding_plan import MIN_CW_DIM
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from mtlrec.distributed import World, all_gather_bytes, broadcast_bytes
@@ -106,7 +107,7 @@ def make_plan(
 
     Raises InputError on every rank where a wish cannot be granted or the tables do not fit into memory.
     """
-    allowed = _allowed_kinds(job, tables, world.world_size)
+    allowed = allowed_kinds(job, tables, world.world_size)
     memory = [json.loads(part) for part in all_gather_bytes(json.dumps(_memory(world)).encode(), world)]
     answer: dict[str, Any] = {}
     if world.rank == 0:
@@ -130,7 +131,7 @@ def _memory(world: World) -> dict[str, int]:
     return {"host": host, "device": device}
 
 
-def _allowed_kinds(job: Job, tables: EmbeddingBagCollection, world_size: int) -> dict[str, list[str]]:
+def allowed_kinds(job: Job, tables: EmbeddingBagCollection, world_size: int) -> dict[str, list[str]]:
     """Table -> the kinds of sharding that the planner may choose from."""
     optimizer, wishes = job.optimizer.tables.kind, job.run.sharding
     by_table = wishes if isinstance(wishes, dict) else {}
@@ -139,7 +140,7 @@ def _allowed_kinds(job: Job, tables: EmbeddingBagCollection, world_size: int) ->
         if name not in names:
             raise InputError(f"run.sharding.{name}: there is no such table; tables: {', '.join(names)}")
     found: dict[str, list[str]] = {}
-    for name, rows, _ in _shapes(tables):
+    for name, rows, dim in _shapes(tables):
         wish = wishes if isinstance(wishes, str) else by_table.get(name, "auto")
         if wish == "data_parallel" and optimizer not in ("rowwise_adagrad", "adagrad", "sgd"):
             raise InputError(
@@ -151,8 +152,12 @@ def _allowed_kinds(job: Job, tables: EmbeddingBagCollection, world_size: int) ->
                 f"run.sharding: column_wise is not for {optimizer}, but for {', '.join(ELEMENTWISE)}"
             )
         # Left to itself, the planner makes small tables data_parallel, which no kernel updates, and takes
-        # column_wise with any optimizer.
-        automatic = ["table_wise", "row_wise"] + (["column_wise"] if optimizer in ELEMENTWISE else [])
+        # column_wise with any optimizer. It never cuts columns below MIN_CW_DIM.
+        automatic = ["table_wise"]
+        if world_size > 1:
+            automatic.append("row_wise")
+        if world_size > 1 and optimizer in ELEMENTWISE and dim > MIN_CW_DIM:
+            automatic.append("column_wise")
         kinds = automatic if wish == "auto" else [str(wish)]
         if "row_wise" in kinds and -(-rows // world_size) * (world_size - 1) >= rows:
             # The last rank would get no row at all, and fbgemm's backward does not bear an empty table.

@@ -23,7 +23,7 @@ from torchrec.distributed.types import (
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from mtlrec.batch import Batch
-from mtlrec.distributed import World
+from mtlrec.distributed import World, all_gather_bytes
 from mtlrec.job.job import Job
 from mtlrec.job.optimizer import TablesOptimizer
 from mtlrec.model.model import Recommender
@@ -141,9 +141,10 @@ def shard(model: Recommender, job: Job, world: World, plan: dict[str, Any] | Non
         saved = make_plan(job, tables, sharder, world)
     group = dist.group.WORLD
     assert group is not None
+    devices = [device.decode() for device in all_gather_bytes(str(world.device).encode(), world)]
     sharded = sharder.shard(
         tables,
-        {table.name: _parameter_sharding(table, saved, world) for table in saved.tables},
+        {table.name: _parameter_sharding(table, devices) for table in saved.tables},
         ShardingEnv.from_process_group(group),
         world.device,
     )
@@ -240,15 +241,14 @@ def _read(plan: dict[str, Any] | None) -> Plan | None:
         return None
 
 
-def _parameter_sharding(table: TablePlan, plan: Plan, world: World) -> ParameterSharding:
+def _parameter_sharding(table: TablePlan, devices: list[str]) -> ParameterSharding:
+    """`devices`: each rank's own, such as "cpu" or "cuda:1"."""
     if table.kind == "data_parallel":
-        return ParameterSharding("data_parallel", "dense", ranks=list(range(plan.world_size)))
+        return ParameterSharding("data_parallel", "dense", ranks=list(range(len(devices))))
     shards = []
     for each in table.shards:
-        place = f"cuda:{each.rank % world.local_world_size}" if plan.device == "cuda" else "cpu"
-        shards.append(
-            ShardMetadata([each.row, each.column], [each.rows, each.columns], f"rank:{each.rank}/{place}")
-        )
+        place = f"rank:{each.rank}/{devices[each.rank]}"
+        shards.append(ShardMetadata([each.row, each.column], [each.rows, each.columns], place))
     ranks = [each.rank for each in table.shards]
     return ParameterSharding(table.kind, "fused", ranks=ranks, sharding_spec=EnumerableShardingSpec(shards))
 

@@ -2,24 +2,19 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from mtlrec.distributed import World, init_single_process, shut_down
+from mtlrec.distributed import World
 from mtlrec.job.errors import InputError
 from mtlrec.job.optimizer import Schedule
 from mtlrec.optimizers import DenseOptimizer, ReplicatedTables, schedule_factor
-from tests.model.example import example_job
+from tests.model.example import example_job, single_world
 
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    yield init_single_process(30.0)
-    shut_down()
+world = pytest.fixture(scope="module")(single_world)
 
 
 class Small:

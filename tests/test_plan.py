@@ -1,26 +1,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 import mtlrec.plan
-from mtlrec.distributed import World, init_single_process, shut_down
+from mtlrec.distributed import World
 from mtlrec.job.errors import InputError
 from mtlrec.job.job import Job
 from mtlrec.model.model import Recommender, build_model
-from mtlrec.plan import Plan, Shard
+from mtlrec.plan import Plan, Shard, allowed_kinds
 from mtlrec.sharding import ShardedModel, shard
-from tests.model.example import example_job, example_schema
+from tests.model.example import example_job, example_schema, single_world
 
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    yield init_single_process(30.0)
-    shut_down()
+world = pytest.fixture(scope="module")(single_world)
 
 
 def model_of(job: Job) -> Recommender:
@@ -124,3 +120,23 @@ def test_plan_table_counts_weights_and_state(world: World) -> None:
     adagrad = sharded(world, optimizer={"tables": {"kind": "adagrad"}}).plan_table()
     assert adagrad[1]["bytes"] == 2 * 5000 * 8 * 4
     assert sharded(world, optimizer={"tables": {"kind": "sgd"}}).plan_table()[1]["bytes"] == 5000 * 8 * 4
+
+
+@pytest.mark.parametrize(
+    ("world_size", "dim", "optimizer", "kinds"),
+    [
+        (1, 256, "adagrad", {"table_wise"}),
+        (2, 8, "rowwise_adagrad", {"table_wise", "row_wise"}),
+        (2, 8, "adagrad", {"table_wise", "row_wise"}),
+        (2, 256, "adagrad", {"table_wise", "row_wise", "column_wise"}),
+        (2, 256, "rowwise_adagrad", {"table_wise", "row_wise"}),
+    ],
+)
+def test_what_the_planner_may_choose_from(world_size: int, dim: int, optimizer: str, kinds: set[str]) -> None:
+    job = example_job(model={"dim": dim}, optimizer={"tables": {"kind": optimizer}})
+    tables = model_of(job).tables
+    assert isinstance(tables, EmbeddingBagCollection)
+    allowed = allowed_kinds(job, tables, world_size)
+    assert set(allowed["user"]) == kinds
+    # One row cannot be cut among two ranks.
+    assert "row_wise" not in allowed["only"]

@@ -2,27 +2,22 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from mtlrec.distributed import World, init_single_process, shut_down
+from mtlrec.distributed import World
 from mtlrec.job.job import job_from_dict
 from mtlrec.model.model import build_model
 from mtlrec.model.starting import table_rows
 from mtlrec.schema import build_schema
-from mtlrec.sharding import ShardedModel, initialise_tables, local_blocks, shard
+from mtlrec.sharding import LocalBlock, ShardedModel, initialise_tables, local_blocks, shard
 from tests.distributed.training import batches, start
-from tests.model.example import counts, cut, example_job, example_schema, global_rows
+from tests.model.example import counts, cut, example_job, example_schema, global_rows, single_world
 
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    yield init_single_process(30.0)
-    shut_down()
+world = pytest.fixture(scope="module")(single_world)
 
 
 SCHEMA = example_schema(example_job())
@@ -43,15 +38,12 @@ def train(trainer: tuple[Any, Any, Any], steps: range) -> list[float]:
 
 
 def whole_tables(model: ShardedModel) -> dict[str, dict[str, torch.Tensor]]:
-    """Table -> its weights and its optimizer state, put together from the blocks, as a checkpoint has them."""
+    """Table -> its weights and optimizer state, put together from the blocks, as a checkpoint has them."""
     found: dict[str, dict[str, torch.Tensor]] = {}
     for table in model.plan.tables:
         found[table.name] = {"weights": torch.full((table.rows, table.dim), torch.nan)}
     for block in local_blocks(model):
-        rows, columns = (
-            slice(block.row, block.row + block.rows),
-            slice(block.column, block.column + block.columns),
-        )
+        rows, columns = area(block)
         parts = found[block.table]
         parts["weights"][rows, columns] = block.weights
         for name, values in block.state.items():
@@ -62,13 +54,14 @@ def whole_tables(model: ShardedModel) -> dict[str, dict[str, torch.Tensor]]:
     return found
 
 
+def area(block: LocalBlock) -> tuple[slice, slice]:
+    return slice(block.row, block.row + block.rows), slice(block.column, block.column + block.columns)
+
+
 def copy_state(source: tuple[Any, Any, Any], target: tuple[Any, Any, Any]) -> None:
     tables = whole_tables(source[0])
     for block in local_blocks(target[0]):
-        rows, columns = (
-            slice(block.row, block.row + block.rows),
-            slice(block.column, block.column + block.columns),
-        )
+        rows, columns = area(block)
         block.weights.copy_(tables[block.table]["weights"][rows, columns])
         for name, values in block.state.items():
             saved = tables[block.table][name]
@@ -137,7 +130,7 @@ def test_blocks_are_views_of_what_the_model_reads(world: World, plan: str) -> No
     assert {name: tuple(values.shape) for name, values in block.state.items()} == expected
     with torch.no_grad():
         before = model(batch)
-        block.weights += 1.0
+        block.weights.add_(1.0)
         assert not torch.equal(before, model(batch))
     for name, values in block.state.items():
         assert not values.any()

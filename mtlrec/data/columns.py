@@ -202,7 +202,7 @@ class _Source:
         if array.null_count:
             array = pc.fill_null(array, float("nan"))
         values: Array = array.to_numpy(zero_copy_only=False)
-        if (infinite := np.isinf(values)).any():
+        if not _sum_is_finite(values) and (infinite := np.isinf(values)).any():
             at = int(np.argmax(infinite))
             row = at if row_of is None else int(row_of[at])
             raise self.refuse(column, row, f"{values[at]} is not a finite number; null or NaN stand for none")
@@ -210,11 +210,10 @@ class _Source:
 
     def store(self, column: str, values: Array, target: npt.NDArray[np.float32]) -> None:
         """Put numbers into `target`, [R] or [R, width], with 0 for NaN; refuse what float32 cannot hold."""
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(over="ignore"):
             target[:] = values
-            # A sum is a cheap witness that there is nothing to look for: it is finite only if every part is.
-            if np.isfinite(target.sum(dtype=np.float64)):
-                return
+        if _sum_is_finite(target):
+            return
         np.copyto(target, 0, where=np.isnan(target))
         if (infinite := np.isinf(target)).any():
             at = np.unravel_index(int(np.argmax(infinite)), target.shape)
@@ -371,6 +370,12 @@ def _plain(table: pa.Table) -> pa.Table:
 def _index_type(tables: Sequence[Table]) -> type[np.signedinteger[Any]]:
     """Half the memory and traffic where the rows of every table fit into 32 bits."""
     return np.int32 if all(table.rows <= 2**31 for table in tables) else np.int64
+
+
+def _sum_is_finite(values: Array) -> bool:
+    """A cheap witness that no value is infinite or NaN: the sum is finite only if every value is."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(values.sum(dtype=np.float64)))
 
 
 def _without_nulls(array: pa.Array, value: int) -> Array:

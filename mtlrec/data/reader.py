@@ -214,29 +214,30 @@ class _Steps:
 
     def __iter__(self) -> Iterator[tuple[list[Columns], Position]]:
         position = self._position
-        rest: dict[int, Columns] = {}
+        windows: dict[int, tuple[Columns, int]] = {}  # of each lane, and how many of its rows are used
         while position.epoch < self._epochs:
-            if steps_left(self._rows, position.done, self._rows_per_step) > 0:
-                parts = []
-                for lane in self._served:
-                    missing = min(self._rows_per_step, self._rows[lane] - position.done[lane])
-                    while missing:
-                        if lane not in rest:
-                            taken = self._windows.take()
-                            if taken is None:
-                                return  # closed
-                            fill, columns = taken
-                            assert (fill.epoch, fill.lane) == (position.epoch, lane)
-                            rest[lane] = columns.slice(fill.done, len(columns))
-                        columns = rest.pop(lane)
-                        parts.append(columns.slice(0, min(missing, len(columns))))
-                        missing -= len(parts[-1])
-                        if len(columns) > len(parts[-1]):
-                            rest[lane] = columns.slice(len(parts[-1]), len(columns))
+            if steps_left(self._rows, position.done, self._rows_per_step) == 0:
                 position = advance(position, self._rows, self._rows_per_step)
-                yield parts, position
-            else:
-                position = advance(position, self._rows, self._rows_per_step)
+                continue
+            parts = []
+            for lane in self._served:
+                missing = min(self._rows_per_step, self._rows[lane] - position.done[lane])
+                while missing:
+                    if lane not in windows:
+                        taken = self._windows.take()
+                        if taken is None:
+                            return  # closed
+                        fill, columns = taken
+                        assert (fill.epoch, fill.lane) == (position.epoch, lane)
+                        windows[lane] = columns, fill.done
+                    columns, used = windows.pop(lane)
+                    end = min(used + missing, len(columns))
+                    parts.append(columns.slice(used, end))
+                    missing -= end - used
+                    if end < len(columns):
+                        windows[lane] = columns, end
+            position = advance(position, self._rows, self._rows_per_step)
+            yield parts, position
 
 
 class _Builder:

@@ -222,8 +222,10 @@ def test_booleans_are_numbers():
 
 def test_standardising_keeps_the_precision_of_large_values():
     x = np.array([1e9 + 1, 1e9 - 1])
-    columns = build(number("standardise", mean=1e9, std=1.0), x=x)
-    assert columns.dense[:, 0].tolist() == [1, -1]
+    assert build(number("standardise", mean=1e9, std=1.0), x=x).dense[:, 0].tolist() == [1, -1]
+    # Of a float32 column too: the difference is taken in float64.
+    x = np.array([2**24], np.float32)
+    assert build(number("standardise", mean=2**24 + 0.5, std=1.0), x=x).dense[0, 0] == -0.5
 
 
 @pytest.mark.parametrize("transform", ["none", "log1p"])

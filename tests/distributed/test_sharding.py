@@ -86,6 +86,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Run]
         arguments = {"cases": CASES, "steps": STEPS}
         ranks = run_processes("tests.distributed.training:train", world_size, folder, arguments)
         found.update({(case, world_size): Run(ranks, case) for case in CASES})
+        for rank in range(world_size):
+            said = (folder / f"{rank}.log").read_text()
+            assert said == "", f"rank {rank} of {world_size} said what no user can act upon"
     return found
 
 

@@ -5,6 +5,7 @@ B rows of a worker, F id features, T tasks.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mtlrec.batch import Batch
 from mtlrec.data.order import Position
-from mtlrec.distributed import World
+from mtlrec.distributed import World, init_single_process, shut_down
 from mtlrec.job.job import Job, job_from_dict
 from mtlrec.schema import Schema, build_schema
 
@@ -58,6 +59,13 @@ def example_job(**changes: Any) -> Job:
 
 def example_schema(job: Job) -> Schema:
     return build_schema(job.schema_, job.model)
+
+
+def single_world() -> Iterator[World]:
+    """A fixture: this process as a world of its own, with one arithmetic thread, as all processes here."""
+    torch.set_num_threads(1)
+    yield init_single_process(30.0)
+    shut_down()
 
 
 @dataclass

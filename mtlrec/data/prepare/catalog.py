@@ -1,0 +1,11 @@
+"""The public data sets that `mtlrec prepare` knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mtlrec.data.prepare.census import prepare_census
+
+PREPARERS: dict[str, Callable[..., dict[str, Any]]] = {"census": prepare_census}
+"""Name -> prepare(source, out, *, force, progress), which gives at least `out` (URL) and `rows` by split."""

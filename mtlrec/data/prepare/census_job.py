@@ -1,0 +1,101 @@
+"""The jobs that come with the census data: one recipe, two backbones. docs/census.md has what they reach."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+NUMBERS = (
+    "age",
+    "wage_per_hour",
+    "capital_gains",
+    "capital_losses",
+    "stock_dividends",
+    "num_emp",
+    "weeks_worked",
+)
+YEARS = (94, 95)
+"""The scenarios."""
+BUCKETS = 30
+"""At most, of the numbers above 0; 0 has a bucket of its own."""
+
+JOBS = {
+    "job.yaml": (
+        "census-mmoe",
+        "{kind: mmoe, experts: 8, hidden: [64, 32]}",
+        "0.95/0.99",
+    ),
+    "job_shared_bottom.yaml": (
+        "census-shared-bottom",
+        "{kind: shared_bottom, hidden: [128, 64]}",
+        "0.95/0.99",
+    ),
+}
+"""File -> name of the run, backbone, and the AUC of both tasks to expect on the test file."""
+
+_JOB = """\
+# Census-Income (KDD): income above 50,000, and never married; the scenario is the year.
+#   mtlrec train {file} --workers 0
+#   mtlrec evaluate runs/{name} --data test        (both from this folder)
+# About {minutes} on one core. Expected on the {test_rows} test rows: AUC {auc} (income / never_married).
+# `mtlrec prepare census` wrote this; docs/census.md has the protocol. Ids are codes of categories.json.
+name: {name}
+seed: 0
+schema:
+  scenario: {{column: year, values: [{years}]}}
+  features:
+{features}
+  tasks:
+    income: {{kind: binary}}
+    never_married: {{kind: binary}}
+data:
+  train: train
+  eval: valid
+  batch_size: 1024
+model:
+  dim: 8
+  table_init: 0.05
+  backbone: {backbone}
+  tower: {{hidden: [32]}}
+optimizer:
+  tables: {{kind: rowwise_adagrad, lr: 0.05}}
+  dense: {{kind: adam, lr: 0.001}}
+run:
+  workers: 2
+  epochs: 3
+"""
+
+
+def job_text(file: str, sizes: Mapping[str, int], numbers: Mapping[str, npt.NDArray[np.float64]]) -> str:
+    """YAML of the job `file`: `sizes` of the categorical columns' tables, `numbers` of the learn file."""
+    name, backbone, auc = JOBS[file]
+    features = [f"{column}: {{kind: id, ids: identity, rows: {rows}}}" for column, rows in sizes.items()]
+    for column, values in numbers.items():
+        listed = ", ".join(f"{value:.17g}" for value in boundaries(values))
+        features += [
+            f"{column}: {{kind: number, transform: log1p}}",
+            f"{column}_bucket: {{kind: number, column: {column}, transform: bucketise, "
+            f"boundaries: [{listed}]}}",
+        ]
+    return _JOB.format(
+        file=file,
+        name=name,
+        minutes="a minute",
+        test_rows="99,762",
+        auc=auc,
+        years=", ".join(map(str, YEARS)),
+        features="\n".join(f"    {feature}" for feature in features),
+        backbone=backbone,
+    )
+
+
+def boundaries(values: npt.NDArray[np.float64]) -> list[float]:
+    """Increasing boundaries at values that occur: the smallest above 0, then quantiles of those above 0.
+
+    Most rows have no capital gains, so plain quantiles of all rows would fall together on 0.
+    """
+    above = values[values > 0]
+    at = np.arange(BUCKETS) / BUCKETS
+    return [float(value) for value in np.unique(np.quantile(above, at, method="inverted_cdf"))]
