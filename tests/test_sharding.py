@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import mtlrec.sharding
 from mtlrec.distributed import World
 from mtlrec.job.job import job_from_dict
 from mtlrec.model.model import build_model
@@ -161,6 +162,15 @@ def test_dense_parameters_are_all_but_the_tables(world: World) -> None:
     assert list(model.dense_parameters()) == expected
     trained = {id(parameter) for parameter in model.dense_parameters().values()}
     assert trained == {id(p) for part in (built.backbone, built.towers) for p in part.parameters()}
+
+
+def test_a_table_without_an_optimizer_is_noticed_when_built(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mtlrec.sharding, "_replicated_tables", lambda tables: [])
+    job = example_job(run={"sharding": {"item": "data_parallel"}})
+    with pytest.raises(AssertionError, match="item"):
+        shard(build_model(job, SCHEMA, torch.device("cpu")), job, world)
 
 
 def test_a_model_without_tables(world: World) -> None:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from mtlrec.checkpoint.lease import Lease
 from mtlrec.cli import main
 from tests.small_data import small_job, write_small_data
 
@@ -172,3 +173,29 @@ def test_an_unknown_scenario_or_column_is_named_when_predicting(
     change(home, "country", one_value("fr", pa.string(), "ca"))
     assert "'fr'" in refused(capsys, *common)
     assert not Path(out, "_predictions.json").exists()
+
+
+def test_storage_that_does_not_answer_is_named(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-to-be-shown")
+    line = refused(capsys, "train", str(home / "job.yaml"), "--set", "run.storage=s3://bucket/runs")
+    assert "127.0.0.1:9" in line and "not-to-be-shown" not in line
+
+
+def test_a_device_that_is_not_there_is_named_with_its_cure(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(capsys, "train", str(home / "job.yaml"), "--set", "run.device=cuda")
+    assert "CUDA" in line and "run.device: cpu" in line
+    assert not (home / "runs").exists()
+
+
+def test_two_drivers_on_one_run(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = str(home / "job.yaml")
+    with Lease.acquire(str(home / "runs" / "small"), {"command": "the first driver"}):
+        line = refused(capsys, "train", job)
+    assert "the first driver" in line and "held" in line
+    assert main(["train", job, "--set", "run.max_steps=1"]) == 0

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +177,48 @@ def test_bad_rows_end_all_workers_with_one_line(home: Path) -> None:
     error = command.result(code=2)["error"]
     assert "hour" in error and "23" in error
     wait_until_gone(ours)
+
+
+@pytest.fixture
+def cluster() -> Iterator[tuple[str, dict[str, str]]]:
+    """A Ray of one CPU that is not ours to stop: its address, and the environment to reach it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=1"]
+    command += [f"--port={port}", "--node-ip-address=127.0.0.1", "--include-dashboard=false"]
+    command += ["--object-store-memory=100000000", "--disable-usage-stats"]
+    head = subprocess.Popen(
+        command,
+        env={**os.environ, **environment},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield f"127.0.0.1:{port}", environment
+    finally:
+        for process in [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        head.wait(60)
+
+
+def test_a_running_cluster_is_used_and_left_running(
+    home: Path, cluster: tuple[str, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, environment = cluster
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    train = ("train", "job.yaml", "--name", "cluster", "--address", address)
+    few = ("--set", "run.max_steps=60")
+    error = ""
+    deadline = time.monotonic() + 120
+    while "CPUs" not in error and time.monotonic() < deadline:
+        # Until the cluster is up, the address is refused in one line too.
+        error = Command(home, *train, *few).result(code=2)["error"]
+    assert "2 worker(s) need 2 CPUs, and the cluster has 1" in error
+    result = Command(home, *train, *few, "--workers", "1").result()
+    assert result["steps"] == 60
+    again = Command(home, *train, "--set", "run.max_steps=70", "--workers", "1").result()
+    assert again["steps"] == 70
