@@ -105,10 +105,6 @@ class DenseOptimizer:
         self._world = world
         self._tables = model.replicated
         self._parameters = model.dense_parameters()
-        if self._section.schedule.decay != "none" and self._section.schedule.decay_steps is None:
-            raise InputError(
-                f"optimizer.dense.schedule.decay_steps: required by decay {self._section.schedule.decay}"
-            )
         dense = list(self._parameters.values())
         everything = dense + (self._tables.parameters() if self._tables else [])
         starts, size, dense_size = [], 0, 0

@@ -84,6 +84,8 @@ class Plan:
             area = sum(shard.rows * shard.columns for shard in shards)
             if plan.kind != "data_parallel" and area != plan.rows * plan.dim:
                 raise ValueError(f"the shards of table {plan.name} do not make up the table")
+            if not all(0 <= shard.rank < int(data["world_size"]) for shard in shards):
+                raise ValueError(f"the shards of table {plan.name} lie on workers that there are not")
             tables.append(plan)
         header = (int(data["world_size"]), str(data["device"]), str(data["optimizer"]), data["requested"])
         return cls(*header, tuple(tables))

@@ -104,10 +104,13 @@ class ShardedModel(nn.Module):
         for table in self.plan.tables:
             shards, everyone = table.shards, list(range(self.plan.world_size))
             copies = self.plan.world_size if table.kind == "data_parallel" else 1
-            size = table.rows * table.dim * 4
-            size += {"sgd": 0, "rowwise_adagrad": 4 * table.rows, "adagrad": size}.get(
-                self.plan.optimizer, 2 * size
-            )
+            weights, per_row = 4 * table.rows * table.dim, 4 * table.rows
+            state = {
+                "sgd": 0,
+                "rowwise_adagrad": per_row,
+                "adagrad": weights,
+                "partial_rowwise_adam": weights + per_row,
+            }.get(self.plan.optimizer, 2 * weights)
             found.append(
                 {
                     "table": table.name,
@@ -115,7 +118,7 @@ class ShardedModel(nn.Module):
                     "rows": table.rows,
                     "dim": table.dim,
                     "ranks": sorted({shard.rank for shard in shards if shard.rows}) or everyone,
-                    "bytes": size * copies,
+                    "bytes": (weights + state) * copies,
                 }
             )
         return found
@@ -153,7 +156,7 @@ def shard(model: Recommender, job: Job, world: World, plan: dict[str, Any] | Non
     result = ShardedModel(
         model, saved, ReplicatedTables(section, replicated) if replicated else None, section.kind
     )
-    _assert_all_have_an_optimizer(result)
+    _assert_all_have_an_optimizer(result, section.kind)
     return result
 
 
@@ -311,11 +314,14 @@ def _replicated_tables(tables: ShardedEmbeddingBagCollection) -> list[Replicated
     return found
 
 
-def _assert_all_have_an_optimizer(model: ShardedModel) -> None:
+def _assert_all_have_an_optimizer(model: ShardedModel, kind: str) -> None:
     """A table without one would stay at its start, in silence."""
     stepped = set(model.replicated.names) if model.replicated else set()
     for table in model.plan.tables:
         assert (table.kind == "data_parallel") == (table.name in stepped), table.name
     for group in _lookups(model):
         names = {config.name for config in group.config.embedding_tables}
-        assert _is_fused(group) or names <= stepped, f"no optimizer for {names - stepped}"
+        if _is_fused(group):
+            assert group.emb_module.optimizer == _FUSED[kind], names
+        else:
+            assert names <= stepped, f"no optimizer for {names - stepped}"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+# Before anything imports torch: many small products on many threads only wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(

@@ -180,8 +180,3 @@ def test_schedule_reaches_the_step(world: World) -> None:
     other.loss(0).backward()
     assert other.bias.grad is not None
     torch.testing.assert_close(model.bias, before - 0.1 * 0.1 * other.bias.grad)
-
-
-def test_a_decay_needs_its_length(world: World) -> None:
-    with pytest.raises(InputError, match=r"optimizer\.dense\.schedule\.decay_steps"):
-        optimizer_for(Small(), world, schedule={"decay": "linear"})

@@ -73,6 +73,10 @@ def test_a_saved_plan_with_a_hole_is_left_aside(world: World) -> None:
     with pytest.raises(ValueError, match="do not make up the table"):
         Plan.from_dict(holed)
     assert sharded(world, holed).plan.to_dict() == fresh
+    astray = json.loads(json.dumps(fresh))
+    astray["tables"][1]["shards"][0]["rank"] = 1
+    with pytest.raises(ValueError, match="lie on workers that there are not"):
+        Plan.from_dict(astray)
 
 
 def test_unknown_tables_are_refused(world: World) -> None:

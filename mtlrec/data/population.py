@@ -103,7 +103,12 @@ class Population:
         orders = [self._permutation("item", items)]
         orders += [self._permutation(f"item {s}", items) for s in range(scenarios)]
         self._item_step, self._item_start = np.array(orders).T
-        self._centres = self._normals("category", np.arange(CATEGORIES))[:, :_FACTORS]
+        # Standardised: 40 draws leave a mean that would pass for popularity.
+        self._centres = _standard(self._normals("category", np.arange(CATEGORIES))[:, :_FACTORS].T).T
+        # Each scenario asks for another side of the shared factors: directions spread by the golden angle,
+        # one for users and the one across it for items, so that the two do not repeat the shared match.
+        side = np.stack([np.cos(2.4 * index), np.sin(2.4 * index)], axis=1).astype(np.float32)
+        self._user_side, self._item_side = side, side[:, ::-1] * np.array([-1, 1], np.float32)
         self._describe_context()
         self._shelves = self._fill_shelves()
 
@@ -145,8 +150,13 @@ class Population:
         category, item_shared, item_price = self._describe(item, item_factors)
         here = self._scenario_key[scenario]
         match = _match(user_factors[:, :_FACTORS], item_shared)
-        user_here, item_here = self._normals("user here", user, here), self._normals("item here", item, here)
-        match_here = _match(user_here[:, :1], item_here[:, :1])
+        user_here = _dot(user_factors[:, :_FACTORS], self._user_side[scenario])
+        user_here += self._normals("user here", user, here)[:, 0]
+        item_here = _dot(item_shared, self._item_side[scenario])
+        item_here += self._normals("item here", item, here)[:, 0]
+        match_here = _match(
+            *(factor[:, None] / np.float32(math.sqrt(2)) for factor in (user_here, item_here))
+        )
         match_buy = _match(user_factors[:, 2:3], item_factors[:, 2:3])
 
         hour = (parts[2, :, 0].astype(np.int32) * HOURS) >> 16

@@ -86,6 +86,11 @@ class Job(Section):
             )
         sharding = self.run.sharding
         kinds = set(sharding.values()) if isinstance(sharding, dict) else {sharding}
+        if "data_parallel" in kinds and kind not in CPU_TABLE_OPTIMIZERS:
+            raise ValueError(
+                f"run.sharding: data_parallel tables have the optimizers {', '.join(CPU_TABLE_OPTIMIZERS)}, "
+                f"not {kind}"
+            )
         if "column_wise" in kinds and kind not in ("adagrad", "sgd", "adam"):
             raise ValueError(
                 f"run.sharding: column_wise needs a table optimizer with element-wise state "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mtlrec.job.section import Section
 
@@ -34,6 +34,12 @@ class Schedule(Section):
     """After the warm-up, from 1 to `floor` over `decay_steps`, then constant."""
     decay_steps: int | None = Field(default=None, ge=1)
     floor: float = Field(default=0.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _decay_has_an_end(self) -> Schedule:
+        if self.decay != "none" and self.decay_steps is None:
+            raise ValueError(f"decay_steps: required by decay {self.decay}")
+        return self
 
 
 class DenseOptimizer(Section):

@@ -212,7 +212,7 @@ def test_scenarios_share_a_part_and_differ_in_another() -> None:
         rows = np.bincount(pair[here], minlength=400)
         assert rows.min() > 3
         means.append(np.bincount(pair[here], logit[here], minlength=400) / rows)
-    assert 0.4 < np.corrcoef(means)[0, 1] < 0.9
+    assert 0.4 < np.asarray(np.corrcoef(means))[0, 1] < 0.9
 
 
 def test_histories_tell_what_a_user_likes() -> None:
@@ -230,23 +230,23 @@ def test_histories_tell_what_a_user_likes() -> None:
     # Against the item's and the user's own means, so that popularity does not pass for taste.
     share = np.log((held + 1) / (held.sum(1, keepdims=True) + 100))
     share -= share.mean(0)
-    logit = liked / np.maximum(rows, 1)
-    logit = logit - logit.sum(0) / met.sum(0)
-    assert np.corrcoef(share[met], logit[met])[0, 1] > 0.4
+    logit = np.divide(liked, rows, out=np.zeros_like(liked), where=met)
+    logit -= (logit.sum(axis=0) / met.sum(axis=0))[None, :]
+    assert np.asarray(np.corrcoef(share[met], logit[met]))[0, 1] > 0.4
 
 
 def test_dense_columns_and_popularity_alone_close_less_than_half_the_distance() -> None:
-    population = Population(users=500, items=200, scenarios=4, seed=4)
-    blocks = [population.block("x", group, rows=32_768) for group in range(4)]
+    population = Population(users=2_000, items=1_500, scenarios=4, seed=4)
+    blocks = [population.block("x", group, rows=32_768) for group in range(7)]
     column = {
         name: np.concatenate([getattr(block, name) for block in blocks])
         for name in ("user", "item", "scenario", "price", "recency", "age", "signals", "truth", "labels")
     }
     click, scenario = column["labels"][:, 0], column["scenario"]
-    fit = np.arange(len(click)) < 98_304
+    fit = np.arange(len(click)) < 6 * 32_768
     features = [np.log(column["price"]), np.log1p(column["recency"]), np.cos((column["age"] - 35) / 12)]
     features += list(column["signals"].T)
-    for name, count in (("user", 500), ("item", 200)):
+    for name, count in (("user", 2_000), ("item", 1_500)):
         for key, size in ((column[name], count), (column[name] * 4 + scenario, count * 4)):
             rows = np.bincount(key[fit], minlength=size)
             clicks = np.bincount(key[fit], click[fit], minlength=size)
@@ -259,7 +259,7 @@ def test_dense_columns_and_popularity_alone_close_less_than_half_the_distance() 
         score = model.decision_function(values[~fit & here])
         reached = roc_auc_score(click[~fit & here], score) - 0.5
         possible = roc_auc_score(click[~fit & here], column["truth"][~fit & here, 0]) - 0.5
-        assert reached < 0.5 * possible
+        assert reached < 0.5 * possible, f"s{s} : {reached / possible:.3f}"
 
 
 @pytest.mark.parametrize(("users", "items", "scenarios"), [(1, 1, 1), (2, 3, 100), (2**31, 2**31, 2)])

@@ -67,6 +67,7 @@ REFUSED = [
     ("optimizer.tables.kind=adam", "optimizer.tables.kind: 'adam'", "rowwise_adagrad, adagrad, sgd"),
     ("model.precision=bfloat16", "model.precision: bfloat16", "CUDA only"),
     ("optimizer.tables.lr=.nan", "optimizer.tables.lr:", "greater than 0"),
+    ("optimizer.dense.schedule.decay=cosine", "optimizer.dense.schedule.decay_steps:", "required by decay"),
     ("data.batch_size=63", "data.batch_size: 63", "multiple of lanes (16)"),
     ("data.train=null", "data.train:", "None"),
     ("run.sharding=foo", "run.sharding:", "row_wise"),
