@@ -15,43 +15,47 @@ DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 3
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code (0 done, 1 failed, 2 wrong input, 3 stopped on request)."""
-    arguments = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    arguments = argparse.Namespace(json="--json" in words)
     try:
-        code = int(arguments.command(arguments))
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:
-        # Whoever read our output has enough (`| head`); what is left must not fail again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
+        arguments = _parser().parse_args(words)
+        return int(arguments.command(arguments))
     except InputError as error:
         return _fail(arguments, str(error), WRONG_INPUT)
     except KeyboardInterrupt:
         return _fail(arguments, "stopped at once; the last complete checkpoint stands", STOPPED)
-    except (ImportError, OSError) as error:
+    except Exception as error:
         from mtlrec.stack import explain_import_error
 
-        cure = explain_import_error(error)
-        if cure is None:
-            raise
-        return _fail(arguments, cure, WRONG_INPUT)
-    except RuntimeError as error:
+        cure = explain_import_error(error) if isinstance(error, ImportError | OSError) else None
+        if cure is not None:
+            return _fail(arguments, cure, WRONG_INPUT)
         if os.environ.get("MTLREC_TRACEBACK"):
             raise
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return _fail(arguments, f"{first} (MTLREC_TRACEBACK=1 shows where)", FAILED)
+        first = (str(error).strip().splitlines() or [""])[0]
+        kind = "" if isinstance(error, RuntimeError) and first else f"{type(error).__name__}: "
+        return _fail(arguments, f"{kind}{first} (MTLREC_TRACEBACK=1 shows where)", FAILED)
 
 
 def _fail(arguments: argparse.Namespace, message: str, code: int) -> int:
     print(f"mtlrec: {message}", file=sys.stderr)
     if getattr(arguments, "json", False):
-        print(json.dumps({"error": message, "exit": code}))
+        _print(json.dumps({"error": message, "exit": code}))
     return code
+
+
+def _print(text: str) -> None:
+    """To stdout; whoever reads it may have enough (`| head`), which is no failure of ours."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # What is still buffered must not fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(WRONG_INPUT, f"{self.prog}: {message}; see {self.prog} --help\n")
+        raise InputError(f"{message}; see {self.prog} --help")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -173,8 +177,9 @@ def _train(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from mtlrec.display import Display
-    from mtlrec.launch import StopRequest, launch
+    from mtlrec.launch import StopRequest, check_address, launch
 
+    check_address(arguments.address)
     display, stop = Display(arguments.quiet), StopRequest()
     try:
         opened = open_run(job, {"command": " ".join(sys.argv)}, display.handle)
@@ -230,7 +235,8 @@ def _predict(arguments: argparse.Namespace) -> int:
     out = storage.make_absolute(arguments.out, ".")
     if storage.list_files(out) if storage.exists(out) else False:
         raise InputError(f"--out {out}: the folder is not empty; name a new one")
-    keys = [key for key in arguments.keys.split(",") if key] if arguments.keys is not None else None
+    named = arguments.keys.split(",") if arguments.keys is not None else None
+    keys = list(dict.fromkeys(key for key in named if key)) if named is not None else None
     result, display = _on_checkpoint("predict", arguments, {"out": out, "keys": keys})
     display.say(f"wrote {result['rows']:,} predictions to {result['out']}")
     return _print_json(arguments, result)
@@ -244,9 +250,17 @@ def _on_checkpoint(
 
     require_stack(arguments.device)
     from mtlrec.display import Display
-    from mtlrec.launch import StopRequest, launch
+    from mtlrec.job.run import MAX_WORKERS
+    from mtlrec.launch import StopRequest, check_address, launch
     from mtlrec.preflight import open_checkpoint
 
+    if arguments.workers is not None and not 0 <= arguments.workers <= MAX_WORKERS:
+        raise InputError(f"--workers {arguments.workers}: allowed are 0 to {MAX_WORKERS}")
+    if arguments.batch_size is not None and arguments.batch_size < 1:
+        raise InputError(f"--batch-size {arguments.batch_size}: at least 1")
+    if arguments.address and not arguments.workers:
+        raise InputError(f"--address {arguments.address}: needs --workers of at least 1")
+    check_address(arguments.address)
     found = open_checkpoint(
         arguments.checkpoint, arguments.data, arguments.device, arguments.batch_size, payload
     )
@@ -281,7 +295,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         display.close()
     if arguments.json:
         return _print_json(arguments, found)
-    print(render(found))
+    _print(render(found))
     return DONE
 
 
@@ -295,13 +309,13 @@ def _job_schema(arguments: argparse.Namespace) -> int:
     del arguments
     from mtlrec.job.job import job_json_schema
 
-    print(json.dumps(job_json_schema(), indent=2))
+    _print(json.dumps(job_json_schema(), indent=2))
     return DONE
 
 
 def _print_json(arguments: argparse.Namespace, result: dict[str, Any]) -> int:
     if arguments.json:
-        print(json.dumps(result))
+        _print(json.dumps(result))
     return DONE
 
 

@@ -18,13 +18,21 @@ LINE_EVERY_S = 10.0
 """Without a terminal, progress is a line every so often."""
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Whoever read stderr has gone: training goes on in silence."""
+        self.quiet = True
+
+
 class Display:
     """Draws events (plain dicts with a `kind`) as they come. Every word goes to stderr."""
 
     def __init__(self, quiet: bool = False) -> None:
         terminal = sys.stderr.isatty()
         width = None if terminal else PLAIN_WIDTH
-        self.console = Console(stderr=True, quiet=quiet, width=width, soft_wrap=not terminal, highlight=False)
+        self.console = _Console(
+            stderr=True, quiet=quiet, width=width, soft_wrap=not terminal, highlight=False
+        )
         self._bar: Progress | None = None
         self._task: Any = None
         self._live = terminal and not quiet

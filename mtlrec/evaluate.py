@@ -20,6 +20,7 @@ from mtlrec.schema import Schema
 from mtlrec.sharding import ShardedModel
 
 SHOW_EVERY_S = 2.0
+IDEAL = "_ideal.json"
 
 
 def evaluate(
@@ -95,8 +96,8 @@ def score(model, schema, dataset, batch_size, world, control, *, what, labels=Tr
 
 def ideal_of(url: str) -> dict[str, Any] | None:
     """What the true probabilities would score, where the data was made with its ideal beside it."""
-    try:
-        body = json.loads(storage.read(storage.join(url, "_ideal.json")))
-    except (FileNotFoundError, NotADirectoryError):
+    beside = storage.join(url, IDEAL)
+    if url.endswith(".parquet") or not storage.exists(beside):
         return None
-    return body
+    found: dict[str, Any] = json.loads(storage.read(beside))
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -73,13 +74,22 @@ class Journal:
             self._clock = None
 
     def report(self) -> dict[str, float]:
-        """Mean loss per task since the last report, over all workers; shown and written by rank 0."""
+        """Mean loss per task since the last report, over all workers; shown and written by rank 0.
+
+        Raises RuntimeError, on every rank, where it is not finite. A collective.
+        """
         loss = all_reduce_sum(self._loss.cpu(), self._world)
         means = {
             task: float(loss[index] / self._valid[index])
             for index, task in enumerate(self._tasks)
             if self._valid[index] > 0
         }
+        for task, mean in means.items():
+            if not math.isfinite(mean):
+                raise RuntimeError(
+                    f"the loss of task {task} is {mean} by step {self._step}; the last checkpoint stands; "
+                    "lower the learning rates or look at the labels and dense features"
+                )
         self._loss.zero_()
         self._valid.zero_()
         if self._events is None:

@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -19,6 +20,9 @@ from mtlrec import storage
 from mtlrec.job.errors import InputError
 from mtlrec.job.run import RunSection
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+CONNECT_S = 5.0
+"""Seconds in which a cluster must accept a connection."""
 POLL_S = 0.25
 """Seconds between two looks of the driver at what its workers have shown."""
 
@@ -28,6 +32,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.asked = False
+        self._hear: Callable[[int, FrameType | None], None] | None = None
 
     @contextmanager
     def listening(self, say: Callable[[str], None]) -> Iterator[StopRequest]:
@@ -38,12 +43,20 @@ class StopRequest:
             self.asked = True
             say(f"{signal.Signals(number).name}: stopping at the next step with a checkpoint; again: now")
 
-        before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._hear = hear
+        before = {number: signal.signal(number, hear) for number in _SIGNALS}
         try:
             yield self
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            self._hear = None
+
+    def listen_again(self) -> None:
+        """Take the signals back from a library that has put handlers of its own in place of ours."""
+        if self._hear is not None:
+            for number in _SIGNALS:
+                signal.signal(number, self._hear)
 
 
 def launch(
@@ -98,15 +111,20 @@ class _Board:
 
     def __init__(self) -> None:
         self._events: list[dict[str, Any]] = []
+        self._refused: str | None = None
         self._stop = False
 
     def show(self, event: dict[str, Any]) -> None:
         self._events.append(event)
 
-    def drain(self, stop: bool) -> list[dict[str, Any]]:
+    def refuse(self, message: str) -> None:
+        self._refused = self._refused or message
+
+    def drain(self, stop: bool) -> tuple[list[dict[str, Any]], str | None]:
+        """The events since the last call, and the input error that a worker met, if one did."""
         self._stop = self._stop or stop
         events, self._events = self._events, []
-        return events
+        return events, self._refused
 
     def stop_asked(self) -> bool:
         return self._stop
@@ -146,7 +164,11 @@ class _RayControl:
 
 
 def _work(config: dict[str, Any]) -> dict[str, Any]:
-    """What every Ray Train worker runs. An input error is returned: raised, it would be retried."""
+    """What every Ray Train worker runs.
+
+    An input error is told to the driver, which ends all workers: raised, it would be retried, and the other
+    workers may be waiting for this one in a collective.
+    """
     import torch
 
     from mtlrec import actions, distributed
@@ -157,7 +179,10 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
     try:
         return actions.perform(config["action"], config["payload"], world, control)
     except InputError as error:
-        return {"input_error": str(error)}
+        import ray
+
+        ray.get(config["board"].refuse.remote(str(error)))
+        return {}
 
 
 def _launch_on_ray(
@@ -191,7 +216,8 @@ def _launch_on_ray(
 
         for logger in ("ray", "ray.train"):
             logging.getLogger(logger).setLevel(logging.ERROR)
-        board = ray.remote(num_cpus=0)(_Board).remote()
+        board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Board).remote()
+        stop.listen_again()
         config = {
             "action": action,
             "payload": payload,
@@ -308,17 +334,34 @@ def _follow(
     thread.start()
     while thread.is_alive():
         alive()
-        for event in ray.get(board.drain.remote(stop.asked)):
-            show(event)
+        _pass_on(ray.get(board.drain.remote(stop.asked)), show)
         thread.join(POLL_S)
-    for event in ray.get(board.drain.remote(stop.asked)):
-        show(event)
+    _pass_on(ray.get(board.drain.remote(stop.asked)), show)
     if "error" in outcome:
         raise RuntimeError(_cause(outcome["error"])) from outcome["error"]
-    result = outcome["result"].return_value
-    if "input_error" in result:
-        raise InputError(result["input_error"])
+    result: dict[str, Any] = outcome["result"].return_value
     return result
+
+
+def _pass_on(
+    drained: tuple[list[dict[str, Any]], str | None], show: Callable[[dict[str, Any]], None]
+) -> None:
+    events, refused = drained
+    for event in events:
+        show(event)
+    if refused is not None:
+        raise InputError(refused)
+
+
+def check_address(address: str | None) -> None:
+    """InputError where nothing listens at `address` (host:port); Ray itself would try for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(f"--address {address}: no Ray cluster answers there ({error})") from None
 
 
 def _cause(error: BaseException) -> str:

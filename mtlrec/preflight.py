@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from mtlrec import storage
-from mtlrec.checkpoint.folder import find, latest
+from mtlrec.checkpoint.folder import Checkpoint, find, latest
 from mtlrec.checkpoint.lease import Lease
 from mtlrec.checkpoint.manifest import Manifest, read_manifest
 from mtlrec.data.overview import overview
@@ -19,8 +19,10 @@ from mtlrec.data.shards import Dataset
 from mtlrec.data.statistics import measure, needs_measuring
 from mtlrec.job.errors import InputError
 from mtlrec.job.job import CPU_TABLE_OPTIMIZERS, Job, job_from_dict, parse_job
-from mtlrec.schema import build_schema, key_columns
+from mtlrec.schema import Schema, build_schema, key_columns
 
+RESULT = "result.json"
+"""In the run's folder once it has finished."""
 Show = Callable[[dict[str, Any]], None]
 
 
@@ -66,26 +68,34 @@ def open_run(job: Job, holder: dict[str, Any], show: Show) -> tuple[Run, Lease] 
     url = storage.join(job.run.storage, job.name)
     newest = latest(url)
     before = read_manifest(newest.url) if newest else None
+    _refuse_nested(url, job)
     job = _measured(job, before, show)
+    if before is not None:
+        _refuse_changed_job(url, job, before)
     schema = build_schema(job.schema_, job.model)
+    _refuse_unknown_tables(job, schema)
     train = Dataset.open(job.data.train, schema.columns())
     held_out = Dataset.open(job.data.eval, schema.columns()) if job.data.eval else None
     if before is not None:
-        _refuse_change(url, job, train, before)
+        _refuse_changed_data(job, train, before)
     # Nothing has been written so far: a job that is refused leaves no trace.
     storage.check_writable(job.run.storage)
     lease = Lease.acquire(url, holder, lambda text: show({"kind": "log", "text": text}))
     try:
-        result = finished_result(url, job)
+        newest, seen = latest(url), newest
+        if newest != seen:
+            raise InputError(f"{url}: another driver has trained this run meanwhile; start the command again")
+        result = finished_result(url, job, newest)
         if result is not None:
             lease.release()
             return result
-        newest = latest(url)
         show({"kind": "data", "role": "train", **overview(train, schema)})
         if held_out is not None:
             show({"kind": "log", "text": f"eval: {held_out.rows:,} rows in {len(held_out.shards):,} shards"})
         if newest is not None:
             show({"kind": "log", "text": f"resuming {job.name} at step {newest.step:,} from {newest.url}"})
+        # From here on the run is not finished, whatever an earlier end has said.
+        storage.remove(storage.join(url, RESULT))
         text = yaml.safe_dump(job.to_dict(), sort_keys=False)
         storage.write(storage.join(url, "job.yaml"), text.encode())
     except BaseException:
@@ -129,14 +139,15 @@ def open_checkpoint(
     return job, task
 
 
-def finished_result(url: str, job: Job) -> dict[str, Any] | None:
-    """What the run in `url` ended with, if it has done all the epochs and steps that `job` asks for."""
+def finished_result(url: str, job: Job, newest: Checkpoint | None) -> dict[str, Any] | None:
+    """What the run in `url` ended with, if it has done what `job` asks for, and no more."""
     try:
-        result = json.loads(storage.read(storage.join(url, "result.json")))
-    except FileNotFoundError:
+        result = json.loads(storage.read(storage.join(url, RESULT)))
+    except (FileNotFoundError, ValueError):
         return None
     asked = {"epochs": job.run.epochs, "max_steps": job.run.max_steps}
-    return result if result["asked"] == asked else None
+    fits = isinstance(result, dict) and result.get("asked") == asked
+    return result if fits and newest is not None and result.get("checkpoint") == newest.url else None
 
 
 def _measured(job: Job, before: Manifest | None, show: Show) -> Job:
@@ -147,11 +158,10 @@ def _measured(job: Job, before: Manifest | None, show: Show) -> Job:
     if before is not None:
         kept = before.meta["job"]["schema"]["features"]
         for name, feature in raw["schema"]["features"].items():
-            for field in ("mean", "std", "boundaries"):
-                if field in feature and feature[field] is None and name in kept:
-                    feature[field] = kept[name].get(field)
-            if feature.get("boundaries") is not None:
-                feature["buckets"] = None
+            if feature.get("transform") == kept.get(name, {}).get("transform"):
+                for field in ("mean", "std", "boundaries"):
+                    if field in feature and feature[field] is None:
+                        feature[field] = kept[name].get(field)
     else:
         show({"kind": "log", "text": f"measuring number features on {job.data.train}"})
         began = time.monotonic()
@@ -167,7 +177,24 @@ def _measured(job: Job, before: Manifest | None, show: Show) -> Job:
     return job_from_dict(raw, f"{job.name} with measured features")
 
 
-def _refuse_change(url: str, job: Job, train: Dataset, before: Manifest) -> None:
+def _refuse_nested(url: str, job: Job) -> None:
+    for field, data in (("data.train", job.data.train), ("data.eval", job.data.eval)):
+        if data is not None and f"{url}/".startswith(f"{data.rstrip('/')}/"):
+            raise InputError(
+                f"run.storage: the run's folder {url} lies in {field} ({data}), where every file is read as "
+                "data; keep runs elsewhere"
+            )
+
+
+def _refuse_unknown_tables(job: Job, schema: Schema) -> None:
+    sharding = job.run.sharding
+    unknown = sorted(set(sharding) - set(schema.table_of)) if isinstance(sharding, dict) else []
+    if unknown:
+        known = ", ".join(schema.table_of)
+        raise InputError(f"run.sharding.{unknown[0]}: there is no such table; tables: {known}")
+
+
+def _refuse_changed_job(url: str, job: Job, before: Manifest) -> None:
     old, new = ({k: v for k, v in body.items() if k != "run"} for body in (before.meta["job"], job.to_dict()))
     differences = _differences(old, new, "")
     if differences:
@@ -175,6 +202,9 @@ def _refuse_change(url: str, job: Job, train: Dataset, before: Manifest) -> None
             f"{url}: this run was started with another job: {'; '.join(differences)}. "
             "Only the section run may change; give the job another name, or the old values"
         )
+
+
+def _refuse_changed_data(job: Job, train: Dataset, before: Manifest) -> None:
     if train.fingerprint != before.meta["data"]["fingerprint"]:
         change = train.describe_change(before.meta["data"]["index"])
         raise InputError(

@@ -349,8 +349,8 @@ def check_writable(url: str) -> None:
     try:
         first, again = create(probe, b"1"), create(probe, b"2")
         remove(probe)
-    except StorageError as error:
-        raise InputError(str(error)) from error
+    except (StorageError, FileNotFoundError) as error:
+        raise InputError(f"{url}: cannot be written to: {error}") from error
     if not first or again:
         raise InputError(
             f"{url}: this storage ignores conditional writes (If-None-Match), so two runs could not be kept "

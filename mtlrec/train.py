@@ -22,7 +22,7 @@ from mtlrec.job.errors import InputError
 from mtlrec.job.job import Job, job_from_dict
 from mtlrec.journal import Journal
 from mtlrec.lockstep import in_step, together
-from mtlrec.preflight import Run
+from mtlrec.preflight import RESULT, Run
 from mtlrec.schema import Schema, build_schema
 from mtlrec.sharding import local_blocks
 
@@ -117,7 +117,7 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
             journal.scalars(_scalars(result["metrics"]))
         result["seconds"] = time.monotonic() - began
         if world.rank == 0:
-            storage.write(storage.join(run.url, "result.json"), json.dumps(result, indent=1).encode())
+            storage.write(storage.join(run.url, RESULT), json.dumps(result, indent=1).encode())
     journal.close()
     all_ok(None, world)
     return result
@@ -142,6 +142,8 @@ class _Saver:
 
     def save(self, trainer: Trainer, position: Position) -> str:
         """Write one checkpoint, all ranks together, and return its URL."""
+        # What has diverged must not take the place of a good checkpoint.
+        self._journal.report()
         self._journal.pause()
         self._journal.flush()
         url = folder.checkpoint_url(self._run.url, trainer.step, self._start)

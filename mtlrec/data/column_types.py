@@ -83,8 +83,15 @@ def check(schema: pa.Schema, url: str, columns: Sequence[Column]) -> None:
 def check_alike(
     first: pa.Schema, first_url: str, other: pa.Schema, url: str, columns: Sequence[Column]
 ) -> None:
-    """InputError where a column's ids are integers in one shard and strings in another: they hash apart."""
+    """InputError where shards cannot be read as one: ids of two kinds hash apart."""
     for column in columns:
+        if column.holds == "anything":
+            one, two = (_plain(schema.field(column.name).type) for schema in (first, other))
+            if one != two:
+                raise InputError(
+                    f"{url}: column {column.name!r} ({column.where}) has type {two}, but {one} in "
+                    f"{first_url}; a column that is carried along must have one type in every file"
+                )
         if column.holds in ("id", "id_list"):
             one, two = (schema.field(column.name).type for schema in (first, other))
             if _family(one) != _family(two):

@@ -32,12 +32,15 @@ def overview(dataset: Dataset, schema: Schema, max_groups: int = 16) -> dict[str
             scenario = found.fill_null(-1).to_numpy(zero_copy_only=False)
         else:
             scenario = np.zeros(table.num_rows, dtype=np.int64)
+        known_labels = {
+            name: pc.cast(_plain(table[name]), pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+            for name in labels
+        }
         for index in range(len(names)):
             here = scenario == index
             rows[index] += here.sum()
             for position, task in enumerate(schema.tasks):
-                label = pc.cast(_plain(table[task.label]), pa.float64())
-                label = label.to_numpy(zero_copy_only=False)[here]
+                label = known_labels[task.label][here]
                 known = ~np.isnan(label)
                 counts[index, position] += known.sum(), label[known].sum(), here.sum()
     return {

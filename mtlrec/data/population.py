@@ -32,7 +32,7 @@ SHARED, SPECIFIC = 1.15, 0.75
 HOUR, DEVICE, CITY, CAMPAIGN = 0.12, 0.12, 0.15, 0.12
 PRICE, RECENCY, AGE, SIGNAL = 0.2, 0.15, 0.15, 0.2
 
-_LEANING = 0.25
+_LEANING = 0.2
 """Mean of every factor. Above 0 some users like, and some items are liked, more than others."""
 _FACTORS = 2
 """Factors of a user and of an item that all scenarios share; each scenario has one more of its own."""

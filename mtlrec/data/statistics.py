@@ -184,4 +184,4 @@ def _with_boundaries(feature: NumberFeature, values: Floats, where: str) -> Numb
         # Nothing is below the smallest number. Where it fills every place, the rest is the other bucket.
         above = values[np.searchsorted(values, values[0], side="right") :][:1]
         boundaries = boundaries[1:] if len(boundaries) > 1 else above if len(above) else boundaries
-    return feature.model_copy(update={"boundaries": boundaries.tolist(), "buckets": None})
+    return feature.model_copy(update={"boundaries": boundaries.tolist()})

@@ -10,6 +10,8 @@ from mtlrec.job.section import Section
 
 ShardingKind = Literal["auto", "row_wise", "table_wise", "column_wise", "data_parallel"]
 
+MAX_WORKERS = 4096
+
 
 class CheckpointSection(Section):
     every_steps: int | None = Field(default=None, ge=1)
@@ -21,7 +23,7 @@ class CheckpointSection(Section):
 class RunSection(Section):
     storage: str = "runs"
     """Folder of run folders, a path or a URL. The run's own folder in it has the job's name."""
-    workers: int = Field(default=2, ge=0, le=4096)
+    workers: int = Field(default=2, ge=0, le=MAX_WORKERS)
     """Ray Train workers; 0 trains in one plain process, without Ray."""
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = Field(default=1, ge=1)
@@ -38,5 +40,5 @@ class RunSection(Section):
     """Seconds between progress reports."""
     record_rows: bool = False
     """Write the number of every trained row beside the run, in `rows/`: proof of what was trained."""
-    step_timeout_s: float = Field(default=600.0, gt=0)
+    step_timeout_s: float = Field(default=600.0, gt=0, le=86400)
     """A collective that lasts longer fails the run instead of hanging."""

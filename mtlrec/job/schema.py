@@ -79,7 +79,8 @@ class NumberFeature(Section):
     boundaries: list[float] | None = Field(default=None, min_length=1)
     """bucketise: increasing; bucket i holds boundaries[i-1] <= x < boundaries[i]. Null: measured."""
     buckets: int | None = Field(default=None, ge=2, le=65536)
-    """bucketise without boundaries: how many quantile buckets (fewer where values repeat)."""
+    """bucketise without boundaries: how many quantile buckets (fewer where values repeat). Kept beside the
+    boundaries once they are measured."""
 
     @model_validator(mode="after")
     def _parameters_fit(self) -> NumberFeature:
@@ -90,8 +91,8 @@ class NumberFeature(Section):
         bucketised = self.transform == "bucketise"
         if not bucketised and (self.boundaries is not None or self.buckets is not None):
             raise ValueError("boundaries and buckets belong to transform: bucketise")
-        if bucketised and (self.boundaries is None) == (self.buckets is None):
-            raise ValueError("bucketise needs either boundaries or buckets")
+        if bucketised and self.boundaries is None and self.buckets is None:
+            raise ValueError("bucketise needs boundaries, or buckets to measure them")
         if self.boundaries is not None and any(
             high <= low for low, high in zip(self.boundaries, self.boundaries[1:], strict=False)
         ):

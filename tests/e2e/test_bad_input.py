@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -127,9 +128,9 @@ def test_wrong_jobs_and_options_are_named(home: Path, capsys: pytest.CaptureFixt
     assert "run.workers: 9" in refused(capsys, "train", job, "--workers", "9")
     assert "no such job file" in refused(capsys, "train", str(home / "none.yaml"))
     assert "allowed: census" in refused(capsys, "prepare", "nosuch", str(home), str(home / "out"))
-    with pytest.raises(SystemExit) as caught:
-        main(["train"])
-    assert caught.value.code == 2
+    assert "arguments are required: JOB" in refused(capsys, "train")
+    assert main(["train", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["exit"] == 2
     assert not (home / "runs").exists()
 
 
@@ -199,3 +200,60 @@ def test_two_drivers_on_one_run(home: Path, capsys: pytest.CaptureFixture[str]) 
         line = refused(capsys, "train", job)
     assert "the first driver" in line and "held" in line
     assert main(["train", job, "--set", "run.max_steps=1"]) == 0
+
+
+def test_options_of_evaluate_and_predict_are_checked(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(home / "job.yaml"), "--set", "run.max_steps=2"]) == 0
+    evaluate = ["evaluate", str(home / "runs" / "small"), "--data", str(home / "train")]
+    assert "--workers -1" in refused(capsys, *evaluate, "--workers", "-1")
+    assert "--batch-size 0" in refused(capsys, *evaluate, "--batch-size", "0")
+    assert "needs --workers" in refused(capsys, *evaluate, "--address", "127.0.0.1:1")
+    assert "127.0.0.1:1" in refused(capsys, *evaluate, "--address", "127.0.0.1:1", "--workers", "1")
+    assert "127.0.0.1:1" in refused(capsys, "train", str(home / "job.yaml"), "--address", "127.0.0.1:1")
+    assert main([*evaluate[:3], str(home / "train" / "part-0.parquet")]) == 0, "one file is a data set too"
+    keys = ["--out", str(home / "out"), "--keys", "user_id,user_id"]
+    assert main(["predict", *evaluate[1:], *keys]) == 0
+
+
+def test_runs_among_the_data_and_unknown_tables_are_refused(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = str(home / "job.yaml")
+    assert "keep runs elsewhere" in refused(capsys, "train", job, "--set", f"run.storage={home}/train")
+    assert "run.sharding.nosuch" in refused(capsys, "train", job, "--set", "run.sharding={nosuch: row_wise}")
+    assert "run.report_every_s" in refused(capsys, "train", job, "--set", "run.report_every_s=.inf")
+    assert not (home / "runs").exists()
+
+
+def test_measured_features_are_part_of_what_a_run_is(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = str(home / "job.yaml")
+    measured = ["--set", "schema.features.price={kind: number, transform: bucketise, buckets: 4}"]
+    assert main(["train", job, *measured, "--set", "run.max_steps=2"]) == 0
+    assert main(["train", job, *measured, "--set", "run.max_steps=3"]) == 0
+    other = ["--set", "schema.features.price={kind: number, transform: bucketise, buckets: 5}"]
+    assert "buckets was 4, is 5" in refused(capsys, "train", job, *other)
+    standardised = ["--set", "schema.features.price={kind: number, transform: standardise}"]
+    assert "price.transform was 'bucketise', is 'standardise'" in refused(capsys, "train", job, *standardised)
+
+
+def test_a_loss_that_is_not_finite_fails_the_run_and_keeps_the_last_checkpoint(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = str(home / "job.yaml")
+    assert main(["train", job, "--set", "run.max_steps=2"]) == 0
+    change(home, "rating", lambda table: pa.array(np.full(table.num_rows, 1e30)), shard=0)
+    change(home, "rating", lambda table: pa.array(np.full(table.num_rows, 1e30)), shard=1)
+    assert main(["train", job, "--name", "diverged"]) == 1
+    assert "the loss of task rating is" in capsys.readouterr().err
+    assert not (home / "runs" / "diverged" / "checkpoints").exists()
+
+
+def test_a_run_that_went_on_after_its_end_is_not_finished(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = str(home / "job.yaml")
+    assert main(["train", job, "--set", "run.max_steps=2"]) == 0
+    assert main(["train", job, "--set", "run.max_steps=4"]) == 0
+    assert main(["train", job, "--set", "run.max_steps=2", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["steps"], result.get("already_finished")) == (4, None)
