@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?=
 TORCH_INDEX ?=
 DEMO ?= demo
-SYNTH ?= --rows 400000 --users 20000 --items 5000 --scenarios 4 --files 16 --seed 1
+SYNTH ?= --rows 400000 --users 5000 --items 2000 --scenarios 4 --files 16 --seed 1
 UV ?= uv
 export VENV PYTHON TORCH_INDEX
 

@@ -340,7 +340,7 @@ def _job_text(
     }
     # With few rows a user, a second look at the same rows is learnt by heart.
     epochs = 1 if rows >= 10_000_000 or 200_000 <= rows < 50 * users else 2
-    batch_size = 4096 if rows >= 1_000_000 else 2048 if rows >= 200_000 else 1024
+    batch_size = 4096 if rows >= 1_000_000 else 1024
     best = ideal["all"]["click"]["auc"]
     return _JOB.format(
         options=" ".join(f"--{name} {value}" for name, value in options.items()),
@@ -358,8 +358,7 @@ def _job_text(
         longest=LONGEST_HISTORY,
         signals=SIGNALS,
         batch_size=batch_size,
-        # Adam's step grows with the batch, over which it averages.
-        lr=f"{batch_size / 1_024_000:.3f}",
+        lr=0.004 if batch_size == 4096 else 0.002,
         epochs=epochs,
     )
 

@@ -55,17 +55,17 @@ data:
   eval: valid
   batch_size: 1024
 model:
-  dim: 16
-  table_init: 0.05
+  dim: 8
+  table_init: 0.01
   backbone: {backbone}
   tower: {{hidden: [32]}}
 optimizer:
   tables: {{kind: rowwise_adagrad, lr: 0.2}}
   # 176 steps an epoch.
-  dense: {{kind: adam, lr: 0.005, schedule: {{decay: linear, decay_steps: 704}}}}
+  dense: {{kind: adam, lr: 0.01, schedule: {{decay: linear, decay_steps: 528}}}}
 run:
   workers: 2
-  epochs: 4
+  epochs: 3
 """
 
 
