@@ -92,7 +92,7 @@ class Journal:
                 )
         self._loss.zero_()
         self._valid.zero_()
-        if self._events is None:
+        if self._events is None or self.rows == self._reported[2]:
             return means
         now = time.monotonic()
         seconds = self.seconds + (now - self._clock if self._clock is not None else 0.0)

@@ -12,12 +12,15 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import mean_squared_error, roc_auc_score
 
+from mtlrec import storage
 from mtlrec.data.population import DEVICES, LONGEST_HISTORY, Population
 from mtlrec.data.shards import Dataset
 from mtlrec.data.synthetic import SPLITS, split_sizes, synthesise
 from mtlrec.job.errors import InputError
 from mtlrec.job.job import parse_job
 from mtlrec.schema import build_schema
+
+pytest_plugins = ["tests.s3_server"]
 
 OPTIONS: dict[str, Any] = {"rows": 20_000, "users": 500, "items": 200, "scenarios": 3, "files": 3, "seed": 5}
 
@@ -360,3 +363,12 @@ def test_progress_counts_every_row(tmp_path: Path) -> None:
     assert [event["done"] for event in events] == sorted({event["done"] for event in events})
     assert events[-1]["done"] == events[-1]["total"] == 900
     assert {"kind", "what", "rows_per_s", "seconds_left"} <= set(events[-1])
+
+
+def test_object_storage_holds_the_same(tmp_path: Path, bucket: str) -> None:
+    _small(tmp_path / "data")
+    made = synthesise(f"{bucket}/data", **{**OPTIONS, "rows": 300, "files": 2})
+    found = {file.path: storage.read(file.url) for file in storage.list_files(made["out"])}
+    assert found == _bytes(tmp_path / "data")
+    with pytest.raises(InputError, match="--force"):
+        synthesise(f"{bucket}/data", **{**OPTIONS, "rows": 300, "files": 2})
