@@ -145,7 +145,11 @@ class _RayControl:
 
         # Ray is told where the finished folder lies and copies nothing: the manifest must come last, and
         # what is kept is decided in one place, ours.
-        found = ray.train.Checkpoint(*_arrow_place(checkpoint)) if self._rank == 0 else None
+        found = None
+        if self._rank == 0:
+            # Ray compares filesystems, and those of object storage are equal only to themselves.
+            filesystem = ray.train.get_context().get_storage().storage_filesystem
+            found = ray.train.Checkpoint(_arrow_place(checkpoint)[0], filesystem)
         mode = ray.train.CheckpointUploadMode.NO_UPLOAD
         ray.train.report(metrics, checkpoint=found, checkpoint_upload_mode=mode)
 
@@ -183,6 +187,11 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
 
         ray.get(config["board"].refuse.remote(str(error)))
         return {}
+    except Exception as error:
+        # Ray restarts the workers; a person should know why.
+        text = f"worker {world.rank} failed: {type(error).__name__}: {_first_line(error)}"
+        config["board"].show.remote({"kind": "log", "text": text})
+        raise
 
 
 def _launch_on_ray(

@@ -38,6 +38,10 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
     schema = build_schema(job.schema_, job.model)
     dataset = together(world, lambda: _open(job, schema, run))
     checkpoint, number = _agree_on_start(run, world)
+    if number > 1 and world.rank == 0:
+        control.show(
+            {"kind": "log", "text": f"start {number} of this run, from {checkpoint or 'its beginning'}"}
+        )
     start = together(world, lambda: read_manifest(checkpoint)) if checkpoint else None
     position = (
         Position.from_json(start.meta["position"], f"{checkpoint}: position")
