@@ -95,11 +95,14 @@ def test_column_wise_is_refused_with_a_row_wise_state(world: World) -> None:
 
 
 def test_data_parallel_is_refused_with_adam(world: World) -> None:
-    job = example_job(
-        run={"device": "cuda", "sharding": "data_parallel"}, optimizer={"tables": {"kind": "adam"}}
-    )
+    wishes = {"run": {"device": "cuda", "sharding": "data_parallel"}}
+    with pytest.raises(InputError, match=r"run\.sharding: data_parallel tables have the optimizers"):
+        example_job(**wishes, optimizer={"tables": {"kind": "adam"}})
+    # As a wish for one table, set past the job's own check.
+    job = example_job(run={"device": "cuda"}, optimizer={"tables": {"kind": "adam"}})
+    run = job.run.model_copy(update={"sharding": "data_parallel"})
     with pytest.raises(InputError, match=r"^run\.sharding: data_parallel is not for adam"):
-        shard(model_of(job), job, world)
+        shard(model_of(job), job.model_copy(update={"run": run}), world)
 
 
 def test_tables_beyond_the_memory_are_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
