@@ -5,28 +5,51 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
 from mtlrec.job.model import ModelSection
+from mtlrec.job.schema import (
+    SCENARIO,
+    BinaryTask,
+    IdListFeature,
+    Ids,
+    NumberFeature,
+    RegressionTask,
+    SchemaSection,
+    TaskFields,
+    VectorFeature,
+)
 from mtlrec.job.schema import IdFeature as IdSection
-from mtlrec.job.schema import IdListFeature, NumberFeature, SchemaSection, VectorFeature
-
-SCENARIO = "scenario"
-"""Name of the feature and of the table that stand for the scenario."""
 
 
 @dataclass(frozen=True)
 class IdFeature:
-    """One lookup a row: an id, a pooled list of ids, a bucketised number, or the scenario."""
+    """An id a row, a pooled list of ids, a bucketised number, or the scenario, looked up in its tables."""
 
     name: str
     column: str
     source: Literal["id", "id_list", "bucket", "scenario"]
-    table: str
+    tables: tuple[str, ...]
+    """At least one. All have the same rows for the same ids."""
     max_length: int | None = None
     boundaries: tuple[float, ...] = ()
+
+    @property
+    def table(self) -> str:
+        """The first of its tables, for what all of them share: rows, ids."""
+        return self.tables[0]
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """One embedding a row: columns [start, start + width) of the trunk's input."""
+
+    feature: str
+    table: str
+    start: int
+    width: int
 
 
 @dataclass(frozen=True)
@@ -49,19 +72,31 @@ class Table:
 
     name: str
     rows: int
+    """Of a vocabulary that has not been built yet, its reserved rows alone."""
     dim: int
-    ids: Literal["hash", "identity"]
+    ids: Ids
     pooling: Literal["sum", "mean"]
     id_space: str
     features: tuple[str, ...]
+    min_count: int = 1
+    reserved: int = 0
+    """Rows for ids that a vocabulary does not know; 0 for other tables."""
 
 
 @dataclass(frozen=True)
 class Task:
     name: str
-    kind: Literal["binary", "regression"]
+    kind: Literal["binary", "regression", "pairwise"]
     label: str
     weight: float
+    given: str | None = None
+    normalise: Literal["valid", "batch"] = "valid"
+    label_smoothing: float = 0.0
+    prior: float | None = None
+    """binary: what the output's bias starts from."""
+    mean: float = 0.0
+    std: float = 1.0
+    """regression: the model's output times std, plus mean, is the prediction."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +104,7 @@ class Column:
     """A Parquet column that is read, and what it must hold."""
 
     name: str
-    holds: Literal["id", "id_list", "number", "vector", "label", "scenario", "anything"]
+    holds: Literal["id", "id_list", "number", "vector", "label", "weight", "scenario", "anything"]
     where: str
     """The job's field that asks for it, for messages."""
     identity: bool = False
@@ -89,6 +124,23 @@ class Schema:
     scenario_column: str | None
     user: str | None
     item: str | None
+    weight_column: str | None = None
+
+    @cached_property
+    def lookups(self) -> tuple[Lookup, ...]:
+        """Every embedding that a row looks up, in the order of the trunk's input."""
+        found: list[Lookup] = []
+        start = 0
+        for feature in self.id_features:
+            for table in feature.tables:
+                found.append(Lookup(feature.name, table, start, self.table_of[table].dim))
+                start += found[-1].width
+        return tuple(found)
+
+    @property
+    def embedding_width(self) -> int:
+        """Columns of the trunk's input that are embeddings; they come first."""
+        return sum(lookup.width for lookup in self.lookups)
 
     @property
     def dense_width(self) -> int:
@@ -117,6 +169,8 @@ class Schema:
         found += [Column(f.column, f.source, f"schema.features.{f.name}") for f in self.dense_features]
         if self.scenario_column is not None:
             found.append(Column(self.scenario_column, "scenario", "schema.scenario"))
+        if labels and self.weight_column is not None:
+            found.append(Column(self.weight_column, "weight", "schema.weight"))
         if labels:
             found += [Column(task.label, "label", f"schema.tasks.{task.name}") for task in self.tasks]
         return tuple(found)
@@ -131,10 +185,12 @@ class Schema:
         return asdict(self)
 
     def fingerprint(self) -> str:
-        """Hash of all that shapes the model's inputs and outputs; weights of tasks' losses are left out."""
+        """Hash of all that shapes the model's inputs and outputs; what only weighs losses is left out."""
         body = self.to_dict()
+        del body["weight_column"]
         for task in body["tasks"]:
-            del task["weight"]
+            for field in ("weight", "normalise", "label_smoothing", "prior"):
+                del task[field]
         text = json.dumps(body, sort_keys=True, separators=(",", ":"))
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -148,29 +204,29 @@ def build_schema(section: SchemaSection, model: ModelSection) -> Schema:
     """Resolve a job's schema section. Measured transforms must have been filled in before."""
     id_features: list[IdFeature] = []
     dense_features: list[DenseFeature] = []
-    owners: dict[str, tuple[int, Literal["hash", "identity"], str]] = {}
+    # Tables that are not described in the job, by name: their rows.
+    implied: dict[str, int] = {}
     poolings: dict[str, Literal["sum", "mean"]] = {}
     width = 0
     if section.scenario is not None and section.scenario.as_feature:
-        id_features.append(IdFeature(SCENARIO, section.scenario.column, "scenario", SCENARIO))
-        owners[SCENARIO] = (len(section.scenario.values), "identity", SCENARIO)
+        id_features.append(IdFeature(SCENARIO, section.scenario.column, "scenario", (SCENARIO,)))
+        implied[SCENARIO] = len(section.scenario.values)
     for name, feature in section.features.items():
         column = feature.column or name
         if isinstance(feature, IdSection | IdListFeature):
-            table = feature.table or name
-            if table == name:
-                assert feature.rows is not None
-                owners[name] = (feature.rows, feature.ids or "hash", feature.id_space or name)
+            tables = tuple(section.tables_of(name))
             if isinstance(feature, IdListFeature):
-                poolings[table] = feature.pooling
-                id_features.append(IdFeature(name, column, "id_list", table, max_length=feature.max_length))
+                poolings[tables[0]] = feature.pooling
+                id_features.append(IdFeature(name, column, "id_list", tables, max_length=feature.max_length))
             else:
-                id_features.append(IdFeature(name, column, "id", table))
+                id_features.append(IdFeature(name, column, "id", tables))
         elif isinstance(feature, NumberFeature) and feature.transform == "bucketise":
             assert feature.boundaries is not None, "boundaries are measured before the schema is built"
             # Bucket 0 is for nulls, so there are two more buckets than boundaries.
-            id_features.append(IdFeature(name, column, "bucket", name, boundaries=tuple(feature.boundaries)))
-            owners[name] = (len(feature.boundaries) + 2, "identity", name)
+            id_features.append(
+                IdFeature(name, column, "bucket", (name,), boundaries=tuple(feature.boundaries))
+            )
+            implied[name] = len(feature.boundaries) + 2
         elif isinstance(feature, NumberFeature):
             assert feature.transform != "bucketise"
             standardised = feature.transform == "standardise"
@@ -184,27 +240,59 @@ def build_schema(section: SchemaSection, model: ModelSection) -> Schema:
             assert isinstance(feature, VectorFeature)
             dense_features.append(DenseFeature(name, column, "vector", "none", 0.0, 1.0, width, feature.size))
             width += feature.size
-    tables = tuple(
-        Table(
-            name,
-            rows,
-            model.dim,
-            ids,
-            poolings.get(name, "sum"),
-            id_space,
-            tuple(f.name for f in id_features if f.table == name),
-        )
-        for name, (rows, ids, id_space) in owners.items()
+    lookers: dict[str, list[str]] = {}
+    for each in id_features:
+        for table in each.tables:
+            lookers.setdefault(table, []).append(each.name)
+    # In the order in which features, shared ones in which their owners, stand in the job.
+    order = [name for name in (SCENARIO, *section.features, *section.tables) if name in lookers]
+    tables_ = tuple(
+        Table(name, implied[name], model.dim, "identity", "sum", name, tuple(lookers[name]))
+        if name in implied
+        else _table(section, name, model, poolings.get(name, "sum"), lookers[name])
+        for name in order
     )
-    tasks = tuple(Task(n, task.kind, task.label or n, task.weight) for n, task in section.tasks.items())
     scenario = section.scenario
     return Schema(
         tuple(id_features),
         tuple(dense_features),
-        tables,
-        tasks,
+        tables_,
+        tuple(_task(name, task) for name, task in section.tasks.items()),
         tuple(str(value) for value in scenario.values) if scenario else ("all",),
         scenario.column if scenario else None,
         section.user,
         section.item,
+        section.weight,
     )
+
+
+def _table(
+    section: SchemaSection,
+    name: str,
+    model: ModelSection,
+    pooling: Literal["sum", "mean"],
+    features: list[str],
+) -> Table:
+    owner = section.table(name)
+    reserved = (owner.reserved or 1) if owner.ids == "vocabulary" else 0
+    return Table(
+        name,
+        owner.rows or reserved,
+        owner.dim or model.dim,
+        owner.ids or "hash",
+        pooling,
+        owner.id_space or name,
+        tuple(features),
+        owner.min_count or 1,
+        reserved,
+    )
+
+
+def _task(name: str, section: TaskFields) -> Task:
+    kind = section.kind  # type: ignore[attr-defined]  # every kind of task has one
+    task = Task(name, kind, section.label or name, section.weight, section.given, section.normalise)
+    if isinstance(section, BinaryTask):
+        return replace(task, label_smoothing=section.label_smoothing, prior=section.prior)
+    if isinstance(section, RegressionTask) and section.mean is not None and section.std is not None:
+        return replace(task, mean=section.mean, std=section.std)
+    return task

@@ -12,14 +12,29 @@ from pydantic import Field, ValidationError, model_validator
 
 from mtlrec.job.describe import describe
 from mtlrec.job.errors import InputError
-from mtlrec.job.model import ModelSection
+from mtlrec.job.metric import check_metrics
+from mtlrec.job.model import Factorization, ModelSection
 from mtlrec.job.optimizer import OptimizerSection
 from mtlrec.job.run import RunSection
-from mtlrec.job.schema import SchemaSection
+from mtlrec.job.schema import BinaryTask, IdFeature, IdListFeature, PairwiseTask, SchemaSection
 from mtlrec.job.section import Section
 
 CPU_TABLE_OPTIMIZERS = ("rowwise_adagrad", "adagrad", "sgd")
 """The fused optimizers that fbgemm has for CPU."""
+
+
+class NegativesSection(Section):
+    """Items that are drawn for each positive row while training (docs/negatives.md)."""
+
+    per_positive: int = Field(default=4, ge=1, le=1024)
+    """Items of the row's scenario that its user has no positive with; drawn with replacement."""
+    task: str
+    """A task with labels 0 and 1: a row whose label is 1 is a positive."""
+    distribution: Literal["uniform", "popularity"] = "uniform"
+    """Over the items of the scenario: alike, or in proportion to (positives of the item)^exponent."""
+    exponent: float = Field(default=0.75, ge=0)
+    features: list[str] = Field(default=[])
+    """Features that belong to the item, beside schema.item: they change with it, the others stay."""
 
 
 class DataSection(Section):
@@ -38,6 +53,8 @@ class DataSection(Section):
     """Parts that the data is read in side by side; workers are at most as many."""
     bad_rows: Literal["error"] = "error"
     """What happens to a row that does not fit the schema."""
+    negatives: NegativesSection | None = None
+    """Null: rows are trained as they are."""
 
     @model_validator(mode="after")
     def _lanes_divide(self) -> DataSection:
@@ -49,8 +66,11 @@ class DataSection(Section):
 class ObjectiveSection(Section):
     """How the tasks' losses become one."""
 
-    balance: Literal["weights"] = "weights"
-    """weights: the sum of each task's loss times its `weight`."""
+    balance: Literal["weights", "uncertainty"] = "weights"
+    """weights: the sum of each task's loss times its `weight`. uncertainty: each divided by a variance that
+    is learnt (Kendall et al. 2018)."""
+    embedding_l2: float = Field(default=0.0, ge=0)
+    """Factor of the mean over rows of the squared norm of the embeddings that a row has looked up."""
 
 
 class Job(Section):
@@ -68,6 +88,73 @@ class Job(Section):
     init: None = None
     """The starting point; null: from scratch."""
     run: RunSection = RunSection()
+
+    @model_validator(mode="after")
+    def _negatives_fit(self) -> Job:
+        section, schema = self.data.negatives, self.schema_
+        pairwise = [name for name, task in schema.tasks.items() if isinstance(task, PairwiseTask)]
+        if section is None:
+            if pairwise:
+                raise ValueError(
+                    f"data.negatives: task {pairwise[0]!r} is pairwise and needs them, such as "
+                    f"{{per_positive: 4, task: {pairwise[0]}}}"
+                )
+            return self
+        if schema.user is None or schema.item is None:
+            raise ValueError("data.negatives: schema.user and schema.item say whose and which; name both")
+        if not isinstance(schema.tasks.get(section.task), BinaryTask | PairwiseTask):
+            raise ValueError(f"data.negatives.task: {section.task!r} is no binary or pairwise task")
+        if other := [name for name in pairwise if name != section.task]:
+            raise ValueError(f"data.negatives.task: {other[0]!r} is pairwise, so it must be that one")
+        for name in section.features:
+            if name not in schema.features or name in (schema.user, schema.item):
+                raise ValueError(f"data.negatives.features: {name!r} is no feature that belongs to an item")
+        return self
+
+    @model_validator(mode="after")
+    def _factors_fit(self) -> Job:
+        backbone = self.model.backbone
+        if not isinstance(backbone, Factorization):
+            return self
+        schema = self.schema_
+        where = "model.backbone"
+        ids = [name for name, each in schema.features.items() if isinstance(each, IdFeature | IdListFeature)]
+        lookups = [table for name in ids for table in schema.tables_of(name)]
+        for field, names in (("factors", backbone.factors), ("biases", backbone.biases)):
+            for name in names:
+                if lookups.count(name) != 1:
+                    raise ValueError(
+                        f"{where}.{field}: {name!r} must be a table that one id feature looks up; tables: "
+                        + ", ".join(dict.fromkeys(lookups))
+                    )
+        if len({*backbone.factors, *backbone.biases}) < len(backbone.factors) + len(backbone.biases):
+            raise ValueError(f"{where}: a table stands twice among factors and biases")
+        dims = [schema.table(name).dim or self.model.dim for name in backbone.factors]
+        if dims[0] != dims[1]:
+            raise ValueError(f"{where}.factors: the tables have {dims[0]} and {dims[1]} columns; use one dim")
+        scenarios = len(schema.scenario.values) if schema.scenario else 1
+        for name in backbone.biases:
+            if (schema.table(name).dim or self.model.dim) < scenarios:
+                wanted = -(-scenarios // 4) * 4
+                raise ValueError(f"{where}.biases: {name} needs a column a scenario: dim {wanted}")
+        if "tower" in self.model.model_fields_set:
+            raise ValueError("model.tower: a factorization's output is the score itself; leave tower out")
+        if not backbone.hidden and set(lookups) != {*backbone.factors, *backbone.biases}:
+            other = next(name for name in lookups if name not in {*backbone.factors, *backbone.biases})
+            raise ValueError(f"{where}.hidden: without an MLP nothing reads table {other!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation_fits(self) -> Job:
+        if self.run.evaluate is not None:
+            if self.data.eval is None:
+                raise ValueError("run.evaluate: data.eval names no data to measure on")
+            scenarios = (
+                [str(value) for value in self.schema_.scenario.values] if self.schema_.scenario else []
+            )
+            kinds = {name: task.kind for name, task in self.schema_.tasks.items()}
+            check_metrics(self.run.evaluate.metric, scenarios, kinds, self.schema_.user is not None)
+        return self
 
     @model_validator(mode="after")
     def _device_supports(self) -> Job:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mtlrec.job.section import Section
 
 ShardingKind = Literal["auto", "row_wise", "table_wise", "column_wise", "data_parallel"]
 
 MAX_WORKERS = 4096
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class CheckpointSection(Section):
@@ -18,6 +19,24 @@ class CheckpointSection(Section):
     """Save every so many steps; null: at the end alone. The end always saves."""
     keep_last: int = Field(default=2, ge=1)
     """Complete checkpoints that are kept, beside the best."""
+
+
+class EvaluateSection(Section):
+    """Measure on data.eval while training, keep the best checkpoint, and stop when nothing gets better."""
+
+    every_steps: int | None = Field(default=None, ge=1)
+    every_epochs: int | None = Field(default=None, ge=1)
+    """Null for both: every epoch."""
+    metric: list[str] = Field(min_length=1)
+    """What decides which checkpoint is best: "task/metric" or "scenario/task/metric"; of several, the mean."""
+    patience: int | None = Field(default=None, ge=1)
+    """Stop after so many measurements without a better one; null: train to the end."""
+
+    @model_validator(mode="after")
+    def _one_interval(self) -> EvaluateSection:
+        if self.every_steps is not None and self.every_epochs is not None:
+            raise ValueError("give every_steps or every_epochs, not both")
+        return self
 
 
 class RunSection(Section):
@@ -32,6 +51,10 @@ class RunSection(Section):
     max_steps: int | None = Field(default=None, ge=1)
     """Stop after so many steps in all, though epochs remain; null: after `epochs`."""
     checkpoint: CheckpointSection = CheckpointSection()
+    evaluate: EvaluateSection | None = None
+    """Null: the finished model is measured, once."""
+    seeds: list[Seed] | None = Field(default=None, min_length=1)
+    """Train once with each, as runs NAME-seedS, and report mean and deviation; null: with `seed` alone."""
     max_failures: int = Field(default=3, ge=0)
     """Worker failures that Ray Train repairs by going on from the last checkpoint."""
     sharding: ShardingKind | dict[str, ShardingKind] = "auto"

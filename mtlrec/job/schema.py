@@ -11,6 +11,9 @@ from mtlrec.job.section import Section
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=64)]
 """Tables, features and tasks name files and tensors, so their names are plain identifiers."""
 
+SCENARIO = "scenario"
+"""Name of the feature and of the table that stand for the scenario."""
+
 ScenarioValue = str | int
 """YAML reads a bare no, yes, on, off as a boolean, which is refused here: quote them."""
 
@@ -35,31 +38,50 @@ class ScenarioSection(Section):
         return values
 
 
-class IdFeature(Section):
+Ids = Literal["hash", "identity", "vocabulary"]
+
+
+class TableFields(Section):
+    """What an embedding table is."""
+
+    rows: int | None = Field(default=None, ge=1, le=2**40)
+    """Rows. Of a vocabulary the most there may be, its most frequent ids; null: as many as the data has."""
+    ids: Ids | None = None
+    """hash (the default): stable 64-bit hash modulo rows. identity: the id is the row, 0 <= id < rows.
+    vocabulary: each id of the training data has a row of its own."""
+    id_space: str | None = None
+    """What the raw ids mean (ASINs, our users): only tables of one space match. Null: the table's name."""
+    dim: int | None = Field(default=None, ge=4, le=4096, multiple_of=4)
+    """Columns of the table; null: model.dim."""
+    min_count: int | None = Field(default=None, ge=1)
+    """vocabulary: ids that the training data has less often are unknown (default 1)."""
+    reserved: int | None = Field(default=None, ge=1, le=2**20)
+    """vocabulary: so many rows, the first ones, are for unknown ids, chosen by their hash (default 1)."""
+
+
+class TableSection(TableFields):
+    """A table of its own name, for id features that look up several (`tables: [...]`)."""
+
+
+class IdFeature(TableFields):
     """One id a row. A null id looks nothing up: its embedding is zero."""
 
     kind: Literal["id"]
     column: str | None = None
     """Parquet column; null: the feature's name."""
     table: Name | None = None
-    """The feature whose table this one shares; null: a table of its own."""
-    rows: int | None = Field(default=None, ge=1, le=2**40)
-    """Rows of its own table; required unless `table` names another feature."""
-    ids: Literal["hash", "identity"] | None = None
-    """hash (the default): stable 64-bit hash modulo rows. identity: the id is the row, 0 <= id < rows."""
-    id_space: str | None = None
-    """What the raw ids mean (ASINs, our users): only tables of one space match. Null: the table's name."""
+    """The feature whose table this one shares; null: a table of its own, described here."""
+    tables: list[Name] | None = Field(default=None, min_length=1)
+    """Tables of `schema.tables` that the id looks up, each giving an embedding, in place of its own."""
 
 
-class IdListFeature(Section):
+class IdListFeature(TableFields):
     """A list of ids a row, pooled into one embedding. A null list is empty; null elements are dropped."""
 
     kind: Literal["id_list"]
     column: str | None = None
     table: Name | None = None
-    rows: int | None = Field(default=None, ge=1, le=2**40)
-    ids: Literal["hash", "identity"] | None = None
-    id_space: str | None = None
+    """The feature, or the table of `schema.tables`, whose rows the list looks up."""
     pooling: Literal["sum", "mean"] = "mean"
     """How the embeddings of one list become one."""
     max_length: int | None = Field(default=None, ge=1)
@@ -114,25 +136,55 @@ FeatureSection = Annotated[
 ]
 
 
-class BinaryTask(Section):
-    """The label is 0 or 1 (or boolean); the model learns its probability. Null: the row has none."""
+class TaskFields(Section):
+    """What every task has."""
 
-    kind: Literal["binary"]
     label: str | None = None
     """Parquet column; null: the task's name."""
     weight: float = Field(default=1.0, gt=0)
     """Factor of this task's loss."""
+    given: Name | None = None
+    """A binary task: only rows whose label of it is 1 train and measure this one. Null: every row."""
+    normalise: Literal["valid", "batch"] = "valid"
+    """Divide the summed loss by the sample weight of the rows that have the label, or of all rows."""
 
 
-class RegressionTask(Section):
-    """The label is a finite number; the model learns its mean (squared error)."""
+class BinaryTask(TaskFields):
+    """The label is 0 or 1 (or boolean); the model learns its probability. Null: the row has none."""
+
+    kind: Literal["binary"]
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Train towards y (1 - e) + e / 2 instead of y (Szegedy et al. 2016)."""
+    prior: float | None = Field(default=None, gt=0, lt=1)
+    """Share of positives that the output starts from; null is measured on the training data."""
+
+
+class RegressionTask(TaskFields):
+    """The label is a finite number; the model learns its mean (squared error of standardised labels)."""
 
     kind: Literal["regression"]
-    label: str | None = None
-    weight: float = Field(default=1.0, gt=0)
+    mean: float | None = None
+    """The labels' mean and deviation over the training data, by which they are standardised and predictions
+    undone; null is measured when the run starts, and kept with the run."""
+    std: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _both_or_neither(self) -> RegressionTask:
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("give both mean and std, or neither")
+        return self
 
 
-TaskSection = Annotated[BinaryTask | RegressionTask, Field(discriminator="kind")]
+class PairwiseTask(TaskFields):
+    """The label is 0 or 1; a positive row shall score above the items that `data.negatives` draws for it.
+
+    Rendle et al. 2009, BPR: logistic loss of the difference of scores. It learns an order, no probability.
+    """
+
+    kind: Literal["pairwise"]
+
+
+TaskSection = Annotated[BinaryTask | RegressionTask | PairwiseTask, Field(discriminator="kind")]
 
 
 class SchemaSection(Section):
@@ -141,9 +193,13 @@ class SchemaSection(Section):
     scenario: ScenarioSection | None = None
     """Null: one scenario."""
     user: Name | None = None
-    """The feature that identifies the user (used where users are grouped)."""
+    """The feature that identifies the user: negatives avoid a user's positives, metrics are taken by user."""
     item: Name | None = None
     """The feature that identifies the item."""
+    weight: str | None = None
+    """Parquet column of each row's sample weight, a number from 0 on; null: every row counts alike."""
+    tables: dict[Name, TableSection] = Field(default={})
+    """Tables that are not some feature's own."""
     features: dict[Name, FeatureSection] = Field(min_length=1)
     tasks: dict[Name, TaskSection] = Field(min_length=1)
 
@@ -152,27 +208,91 @@ class SchemaSection(Section):
         for role, name in (("user", self.user), ("item", self.item)):
             if name is not None and not isinstance(self.features.get(name), IdFeature):
                 raise ValueError(f"{role}: {name!r} must be one of the features of kind id")
-        if self.scenario is not None and self.scenario.as_feature and "scenario" in self.features:
+        if self.scenario is not None and self.scenario.as_feature and SCENARIO in self.features:
             raise ValueError("features.scenario: this name is taken by the scenario; rename it")
+        for name, table in self.tables.items():
+            if name in self.features or name == SCENARIO:
+                raise ValueError(f"tables.{name}: this name is taken by a feature; rename the table")
+            _check_table(f"tables.{name}", table)
         poolings: dict[str, str] = {}
+        used: set[str] = set()
         for name, feature in self.features.items():
             if not isinstance(feature, IdFeature | IdListFeature):
                 continue
-            where, table = f"features.{name}", feature.table or name
-            if table == name:
-                if feature.rows is None:
-                    raise ValueError(f"{where}.rows: the number of rows of its table is required")
+            where = f"features.{name}"
+            looked_up = self.tables_of(name)
+            used.update(looked_up)
+            if looked_up == [name]:
+                _check_table(where, feature)
             else:
-                owner = self.features.get(table)
-                if not isinstance(owner, IdFeature | IdListFeature) or owner.table not in (None, table):
-                    raise ValueError(f"{where}.table: {table!r} is not a feature with a table of its own")
-                if any(value is not None for value in (feature.rows, feature.ids, feature.id_space)):
-                    raise ValueError(
-                        f"{where}: rows, ids and id_space are set where the table is, at {table}"
-                    )
+                self._check_shared(where, feature, looked_up)
             if (
                 isinstance(feature, IdListFeature)
-                and poolings.setdefault(table, feature.pooling) != feature.pooling
+                and poolings.setdefault(looked_up[0], feature.pooling) != feature.pooling
             ):
-                raise ValueError(f"{where}.pooling: lists that share table {table!r} must pool alike")
+                raise ValueError(f"{where}.pooling: lists that share table {looked_up[0]!r} must pool alike")
+        if unused := sorted(set(self.tables) - used):
+            raise ValueError(f"tables.{unused[0]}: no feature looks it up; name it in a feature's tables")
         return self
+
+    def tables_of(self, feature: str) -> list[str]:
+        """Names of the tables that an id feature looks up."""
+        section = self.features[feature]
+        assert isinstance(section, IdFeature | IdListFeature)
+        if isinstance(section, IdFeature) and section.tables is not None:
+            return section.tables
+        return [section.table or feature]
+
+    def table(self, name: str) -> TableFields:
+        """Where table `name` is described: in `tables`, or at the feature that owns it."""
+        owner = self.tables.get(name) or self.features[name]
+        assert isinstance(owner, TableFields)
+        return owner
+
+    def _check_shared(self, where: str, feature: IdFeature | IdListFeature, looked_up: list[str]) -> None:
+        if isinstance(feature, IdFeature) and feature.tables is not None and feature.table is not None:
+            raise ValueError(f"{where}: give table or tables, not both")
+        if len(set(looked_up)) < len(looked_up):
+            raise ValueError(f"{where}.tables: a table stands there twice")
+        for table in looked_up:
+            if table in self.tables:
+                continue
+            owner = self.features.get(table)
+            if isinstance(feature, IdFeature) and feature.tables is not None:
+                raise ValueError(f"{where}.tables: {table!r} is not one of schema.tables")
+            if not isinstance(owner, IdFeature | IdListFeature) or self.tables_of(table) != [table]:
+                raise ValueError(f"{where}.table: {table!r} is not a feature with a table of its own")
+        if any(getattr(feature, field) is not None for field in TableFields.model_fields):
+            fields = ", ".join(TableFields.model_fields)
+            raise ValueError(f"{where}: {fields} are set where the table is, at {looked_up[0]}")
+        first = self.table(looked_up[0])
+        for other in looked_up[1:]:
+            for field in ("rows", "ids", "min_count", "reserved"):
+                if getattr(self.table(other), field) != getattr(first, field):
+                    raise ValueError(
+                        f"{where}.tables: {other} and {looked_up[0]} differ in {field}; an id has one row in "
+                        "all tables that its feature looks up"
+                    )
+
+    @model_validator(mode="after")
+    def _given_fits(self) -> SchemaSection:
+        for name, task in self.tasks.items():
+            seen, at = [name], task.given
+            while at is not None:
+                if not isinstance(self.tasks.get(at), BinaryTask):
+                    raise ValueError(f"tasks.{seen[-1]}.given: {at!r} must be one of the binary tasks")
+                if at in seen:
+                    raise ValueError(f"tasks.{name}.given: {' -> '.join([*seen, at])} goes round in a circle")
+                seen.append(at)
+                at = self.tasks[at].given
+        return self
+
+
+def _check_table(where: str, table: TableFields) -> None:
+    vocabulary = table.ids == "vocabulary"
+    if table.rows is None and not vocabulary:
+        raise ValueError(f"{where}.rows: the number of rows of its table is required")
+    if not vocabulary and (table.min_count is not None or table.reserved is not None):
+        raise ValueError(f"{where}: min_count and reserved belong to ids: vocabulary")
+    if vocabulary and table.rows is not None and table.rows <= (table.reserved or 1):
+        raise ValueError(f"{where}.rows: {table.rows} leaves no row beside the reserved ones")
