@@ -59,11 +59,14 @@ class Journal:
             self._clock = time.monotonic()
 
     def end_step(self, batch: Batch, totals: Totals, losses: torch.Tensor) -> None:
-        """`losses` [T]: this rank's sums over valid labels, still on the device, not waited for."""
+        """`losses` [T]: this rank's weighted sums of losses, still on the device, not waited for.
+
+        The first T of the totals' amounts are what they are divided by.
+        """
         self._step += 1
         self.rows += totals.rows
         self._loss += losses
-        self._valid += totals.valid
+        self._valid += totals.amounts[: len(self._valid)]
         if self._recorded is not None:
             self._recorded.append(batch.rows.numpy().copy())
 

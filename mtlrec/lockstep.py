@@ -1,7 +1,4 @@
-"""Ranks that read different rows take every step together, and fail together.
-
-T tasks.
-"""
+"""Ranks that read different rows take every step together, and fail together."""
 
 from __future__ import annotations
 
@@ -23,8 +20,8 @@ Result = TypeVar("Result")
 class Totals:
     """What one step is over all workers."""
 
-    valid: torch.Tensor
-    """float64 [T] on the CPU: rows that carry a label, for each task."""
+    amounts: torch.Tensor
+    """float64 on the CPU: the sum over all workers of what was measured of their batches."""
     rows: int
     """Rows that are not padding."""
     signals: tuple[bool, ...]
@@ -32,13 +29,19 @@ class Totals:
 
 
 def in_step(
-    reader: Reader, world: World, signals: Callable[[], Sequence[bool]] = tuple
+    reader: Reader,
+    world: World,
+    signals: Callable[[], Sequence[bool]] = tuple,
+    measure: tuple[int, Callable[[Batch], torch.Tensor]] | None = None,
 ) -> Iterator[tuple[Batch, Totals]]:
     """Yield this rank's batches, each with its totals over all ranks, until every rank has read its last.
 
-    One small all-reduce on the CPU a step carries the label counts, the ranks' signals and whether a rank's
-    reader failed: then every rank raises that rank's InputError, instead of waiting for it in a collective.
+    `measure`: how many numbers, and the function that gives them of a batch, float64, for `Totals.amounts`.
+
+    One small all-reduce on the CPU a step carries those, the ranks' signals and whether a rank's reader
+    failed: then every rank raises that rank's InputError, instead of waiting for it in a collective.
     """
+    size, amounts_of = measure or (0, lambda batch: torch.empty(0, dtype=torch.float64))
     batches = iter(reader)
     while True:
         batch, failure = None, None
@@ -49,9 +52,8 @@ def in_step(
         raised = [float(signal) for signal in signals()]
         rows = float(batch.num_rows) if batch is not None else 0.0
         head = torch.tensor([failure is not None, batch is not None, rows, *raised], dtype=torch.float64)
-        num_tasks = len(reader.schema.tasks)
-        valid = batch.valid.sum(dim=0, dtype=torch.float64) if batch is not None else torch.zeros(num_tasks)
-        total = all_reduce_sum(torch.cat([head, valid.double()]), world)
+        mine = amounts_of(batch) if batch is not None else torch.zeros(size, dtype=torch.float64)
+        total = all_reduce_sum(torch.cat([head, mine]), world)
         if total[0] > 0:
             raise InputError(all_ok(failure, world)[0])
         if total[1] == 0:

@@ -24,6 +24,9 @@ from mtlrec.job.optimizer import Schedule, TablesOptimizer
 _ALIGNMENT = 16
 """Each gradient starts at a multiple of so many floats (64 bytes, a cache line)."""
 
+OBJECTIVE = "objective."
+"""Begins the names of parameters that the objective learns; weight decay leaves them out."""
+
 REPLICATED_KINDS = ("rowwise_adagrad", "adagrad", "sgd")
 """Table optimizers that leave a row without a gradient in place, and so may run over a whole table."""
 
@@ -123,7 +126,7 @@ class DenseOptimizer:
             parameter.grad = view
         if self._tables:
             self._tables.bind_gradients()
-        self._optimizer = _dense_optimizer(self._section, dense)
+        self._optimizer = _dense_optimizer(self._section, self._parameters)
 
     def zero_grad(self) -> None:
         """Before every backward."""
@@ -188,14 +191,21 @@ def schedule_factor(schedule: Schedule, step: int) -> float:
     return schedule.floor + (1.0 - schedule.floor) * left
 
 
-def _dense_optimizer(section: DenseSection, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def _dense_optimizer(section: DenseSection, named: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
     """torch's optimizer with every state tensor in place.
 
     torch makes them at the first step, and until then loading a state does nothing, in silence.
     """
+    parameters = list(named.values())
+    groups: list[dict[str, Any]] = [
+        {"params": [each for name, each in named.items() if not name.startswith(OBJECTIVE)]},
+        # What balances losses is no weight of the model: decay would pull the balance back to its start.
+        {"params": [each for name, each in named.items() if name.startswith(OBJECTIVE)], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
     if section.kind == "sgd":
         sgd = torch.optim.SGD(
-            parameters,
+            groups,
             lr=section.lr,
             momentum=section.momentum,
             weight_decay=section.weight_decay,
@@ -208,7 +218,7 @@ def _dense_optimizer(section: DenseSection, parameters: list[nn.Parameter]) -> t
         return sgd
     kinds: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
     adam: torch.optim.Optimizer = kinds[section.kind](
-        parameters,
+        groups,
         lr=section.lr,
         betas=section.betas,
         eps=section.eps,

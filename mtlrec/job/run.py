@@ -28,7 +28,7 @@ class EvaluateSection(Section):
     every_epochs: int | None = Field(default=None, ge=1)
     """Null for both: every epoch."""
     metric: list[str] = Field(min_length=1)
-    """What decides which checkpoint is best: "task/metric" or "scenario/task/metric"; of several, the mean."""
+    """What decides which checkpoint is best: task/metric or scenario/task/metric; of several, the mean."""
     patience: int | None = Field(default=None, ge=1)
     """Stop after so many measurements without a better one; null: train to the end."""
 

@@ -156,8 +156,9 @@ def cut(rows: Rows, schema: Schema, rank: int, world_size: int) -> Batch:
 
 
 def counts(rows: Rows) -> torch.Tensor:
-    """Valid labels of each task in the global batch: float32 [T]."""
-    return torch.from_numpy(rows.valid.sum(axis=0).astype(np.float32))
+    """`Objective.amounts` of the global batch, float32 [T + 2]: valid labels of each task, rows, rows."""
+    present = rows.present.sum()
+    return torch.from_numpy(np.array([*rows.valid.sum(axis=0), present, present], dtype=np.float32))
 
 
 def local(rows: Rows, schema: Schema, world: World) -> Batch:
