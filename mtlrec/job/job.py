@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 from mtlrec.job.describe import describe
 from mtlrec.job.errors import InputError
 from mtlrec.job.metric import check_metrics
-from mtlrec.job.model import Factorization, ModelSection
+from mtlrec.job.model import Factorization, ModelSection, Tower
 from mtlrec.job.optimizer import OptimizerSection
 from mtlrec.job.run import RunSection
 from mtlrec.job.schema import BinaryTask, IdFeature, IdListFeature, PairwiseTask, SchemaSection
@@ -137,7 +137,7 @@ class Job(Section):
             if (schema.table(name).dim or self.model.dim) < scenarios:
                 wanted = -(-scenarios // 4) * 4
                 raise ValueError(f"{where}.biases: {name} needs a column a scenario: dim {wanted}")
-        if "tower" in self.model.model_fields_set:
+        if self.model.tower != Tower():
             raise ValueError("model.tower: a factorization's output is the score itself; leave tower out")
         if not backbone.hidden and set(lookups) != {*backbone.factors, *backbone.biases}:
             other = next(name for name in lookups if name not in {*backbone.factors, *backbone.biases})

@@ -58,7 +58,7 @@ def softplus(x: float) -> float:
 
 
 def by_hand(batch: Batch, outputs: np.ndarray, tasks: tuple[Task, ...], sampled: str) -> list[list[float]]:
-    """For each task, in loops: weighted sum of losses, weight of what it is trained on, weight of all rows."""
+    """By task, in loops: weighted sum of losses, weight of what trains it, weight of all rows."""
     rows = len(batch.valid)
     weight = (
         batch.weight.numpy()
