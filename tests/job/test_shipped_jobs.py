@@ -24,8 +24,10 @@ def test_a_shipped_job_reads_and_has_its_header(path: Path) -> None:
         assert word in header
 
 
-def test_the_job_in_the_documentation_reads() -> None:
-    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "job.md").read_text(), re.DOTALL)
+def test_the_jobs_in_the_documentation_read() -> None:
+    texts = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "job.md").read_text(), re.DOTALL)
+    assert len(texts) == 2
     # Its quantiles would be measured on the data when a run starts.
-    job = parse_job(text, "docs/job.md", ["schema.features.age={kind: number}"])
+    job = parse_job(texts[0], "docs/job.md", ["schema.features.age={kind: number}"])
     assert build_schema(job.schema_, job.model).table_of["item_id"].features == ("item_id", "history")
+    assert parse_job(texts[1], "docs/job.md").model.backbone.kind == "factorization"
