@@ -1,6 +1,6 @@
 """A model whose tables are spread over the workers. The only file that touches TorchRec's private names.
 
-B batch rows, D embedding dim, T tasks.
+M rows of the model, E columns of embeddings, T tasks.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class LocalBlock:
 
 
 class ShardedModel(nn.Module):
-    """A `Recommender` whose tables lie where `plan` says. Batch -> [B, T] float32, as the model itself.
+    """A `Recommender` whose tables lie where `plan` says. Batch -> [M, T] float32, as the model itself.
 
     The dense part is whole on every rank, without DistributedDataParallel: `DenseOptimizer` averages its
     gradients. The tables are updated in the backward, but the data-parallel ones, which `replicated` steps.
@@ -83,11 +83,15 @@ class ShardedModel(nn.Module):
         self._counts_steps = optimizer in _ADAM_FAMILY
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        outputs: torch.Tensor = self.model(batch)
+        return self.outputs_and_embeddings(batch)[0]
+
+    def outputs_and_embeddings(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Recommender.outputs_and_embeddings`: outputs [M, T], embeddings [M, E]."""
+        found = self.model.outputs_and_embeddings(batch)
         if self._counts_steps and not torch.is_grad_enabled():
             # fbgemm counts every forward as a step of the optimizer, also one that is only looked at.
             _add_steps(self, -1)
-        return outputs
+        return found
 
     def dense_parameters(self) -> dict[str, nn.Parameter]:
         """Name -> parameter of all that is not a table, in the model's order; checkpoints use these names."""

@@ -11,46 +11,56 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from mtlrec.model.dropout import Activation, Dropout
 from mtlrec.model.starting import dense_parameter
 
 
 class Linear(nn.Module):
-    """x [B, inputs] -> [B, outputs]; starts uniform in +-1/sqrt(inputs), weight and bias alike."""
+    """x [B, inputs] -> [B, outputs]; starts uniform in +-1/sqrt(inputs), weight and bias alike.
 
-    def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
+    With `dropout` it is a hidden layer: ReLU follows, and that dropout.
+    """
+
+    def __init__(self, inputs: int, outputs: int, dropout: Dropout | None = None, bias: bool = True) -> None:
         super().__init__()
         self.fan_in = inputs
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+        self.activation = None if dropout is None else Activation(dropout, outputs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, self.weight, self.bias)
+        y = nn.functional.linear(x, self.weight, self.bias)
+        return y if self.activation is None else self.activation(y)
 
 
 class BatchedLinear(nn.Module):
-    """N linear maps as one product: x [N, B, inputs] -> [N, B, outputs]. Starts as `Linear` does."""
+    """N linear maps as one product: x [N, B, inputs] -> [N, B, outputs]. Else as `Linear`."""
 
-    def __init__(self, copies: int, inputs: int, outputs: int) -> None:
+    def __init__(
+        self, copies: int, inputs: int, outputs: int, dropout: Dropout | None = None, bias: bool = True
+    ) -> None:
         super().__init__()
         self.fan_in = inputs
         self.weight = nn.Parameter(torch.empty(copies, inputs, outputs))
-        self.bias = nn.Parameter(torch.empty(copies, 1, outputs))
+        self.bias = nn.Parameter(torch.empty(copies, 1, outputs)) if bias else None
+        self.activation = None if dropout is None else Activation(dropout, outputs, copies)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.baddbmm(self.bias, x, self.weight)
+        y = torch.bmm(x, self.weight) if self.bias is None else torch.baddbmm(self.bias, x, self.weight)
+        return y if self.activation is None else self.activation(y)
 
 
 class MLP(nn.Module):
-    """x [B, inputs] -> [B, hidden[-1]]: linear maps, each followed by ReLU."""
+    """x [B, inputs] -> [B, hidden[-1]]: hidden layers, one after the other."""
 
-    def __init__(self, inputs: int, hidden: Sequence[int]) -> None:
+    def __init__(self, inputs: int, hidden: Sequence[int], dropout: Dropout) -> None:
         super().__init__()
         widths = [inputs, *hidden]
-        self.layers = nn.ModuleList(Linear(a, b) for a, b in pairwise(widths))
+        self.layers = nn.ModuleList(Linear(a, b, dropout) for a, b in pairwise(widths))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
-            x = layer(x).relu_()
+            x = layer(x)
         return x
 
 

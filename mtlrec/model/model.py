@@ -1,10 +1,11 @@
 """The whole model: tables, backbone, towers.
 
-B batch rows, F id features, D embedding dim, I trunk input width, T tasks.
+M rows (those of the batch and their negatives), E columns of embeddings, I trunk input width, T tasks.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,46 +14,59 @@ from torch import nn
 from mtlrec.batch import Batch
 from mtlrec.job.job import Job
 from mtlrec.model.backbones.registry import BACKBONES
+from mtlrec.model.dropout import Dropout
 from mtlrec.model.layers import initialise_dense
-from mtlrec.model.tables import build_tables, pool
-from mtlrec.model.towers import Towers
-from mtlrec.schema import Schema
+from mtlrec.model.tables import build_tables, output_names, pool
+from mtlrec.model.towers import OutputBias, Towers
+from mtlrec.schema import Lookup, Schema, Task
 
 
 class Recommender(nn.Module):
-    """Batch -> [B, T] float32: a logit for each binary task, a value for each regression task.
+    """Batch -> [M, T] float32: a logit for each binary task, a standardised value for each regression task,
+    a score for each pairwise task.
 
-    `tables` (a collection, sharded or not) may be None where the schema has no id feature; `features` names
-    the id features in the order in which the trunk reads them. With `mixed`, everything behind the tables
-    computes in bfloat16 by autocast, weights and outputs staying float32.
+    `tables` (a collection, sharded or not) may be None where the schema has no id feature; `lookups` are the
+    schema's. `dropout` is the one that the hidden layers of `backbone` and `towers` were made with; None
+    where they need none. With `mixed`, everything behind the tables computes in bfloat16 by autocast, weights
+    and outputs staying float32.
     """
 
     def __init__(
         self,
         tables: nn.Module | None,
-        features: Sequence[str],
+        lookups: Sequence[Lookup],
         backbone: nn.Module,
         towers: nn.Module,
+        dropout: Dropout | None = None,
         mixed: bool = False,
     ) -> None:
         super().__init__()
         self.tables = tables
-        self.features = tuple(features)
         self.backbone = backbone
         self.towers = towers
         self.mixed = mixed
+        self._names = output_names(lookups)
+        self._embedding_width = sum(lookup.width for lookup in lookups)
+        self._dropout = dropout
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        return self.dense_part(self.trunk_input(batch), batch.scenario)
+        return self.outputs_and_embeddings(batch)[0]
+
+    def outputs_and_embeddings(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Outputs [M, T], and the embeddings behind them [M, E], float32, both with their gradients."""
+        if self._dropout is not None and self.training:
+            self._dropout.begin(batch)
+        x = self.trunk_input(batch)
+        return self.dense_part(x, batch.scenario), x[:, : self._embedding_width]
 
     def trunk_input(self, batch: Batch) -> torch.Tensor:
-        """[B, I] float32: pooled embeddings in the order of `features`, then the dense numbers."""
+        """[M, I] float32: pooled embeddings in the order of the lookups, then the dense numbers."""
         if self.tables is None:
             return batch.dense
-        return torch.cat([*pool(self.tables, batch.ids, self.features), batch.dense], dim=1)
+        return torch.cat([*pool(self.tables, batch.ids, self._names), batch.dense], dim=1)
 
     def dense_part(self, x: torch.Tensor, scenario: torch.Tensor) -> torch.Tensor:
-        """x [B, I], scenario int64 [B] -> outputs [B, T] float32."""
+        """x [M, I], scenario int64 [M] -> outputs [M, T] float32."""
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.mixed):
             outputs: torch.Tensor = self.towers(self.backbone(x, scenario))
         return outputs.float().t()
@@ -61,22 +75,48 @@ class Recommender(nn.Module):
 def build_model(job: Job, schema: Schema, device: torch.device) -> Recommender:
     """The job's model: tables on the meta device, to be sharded; everything else on `device`, at its start.
 
-    The dense starting weights are a function of (job.seed, parameter name).
+    The dense starting weights are a function of (job.seed, parameter name); but the biases of the outputs
+    start at the logit of their task's prior.
     """
-    inputs = sum(schema.table_of[feature.table].dim for feature in schema.id_features) + schema.dense_width
-    fields = job.model.backbone.model_dump(exclude={"kind"})
+    dropout = Dropout(job.model.dropout, job.seed)
     backbone = BACKBONES[job.model.backbone.kind](
-        inputs=inputs, num_tasks=len(schema.tasks), num_scenarios=len(schema.scenarios), **fields
+        inputs=schema.embedding_width + schema.dense_width,
+        num_tasks=len(schema.tasks),
+        num_scenarios=len(schema.scenarios),
+        lookups=schema.lookups,
+        dropout=dropout,
+        **job.model.backbone.model_dump(exclude={"kind"}),
     )
-    towers = Towers(inputs=backbone.outputs, num_tasks=len(schema.tasks), hidden=job.model.tower.hidden)
+    towers = (
+        OutputBias(num_tasks=len(schema.tasks))
+        if backbone.scores
+        else Towers(
+            inputs=backbone.outputs,
+            num_tasks=len(schema.tasks),
+            hidden=job.model.tower.hidden,
+            dropout=dropout,
+        )
+    )
     model = Recommender(
         build_tables(schema, torch.device("meta")),
-        [feature.name for feature in schema.id_features],
+        schema.lookups,
         backbone,
         towers,
+        dropout,
         mixed=job.model.precision == "bfloat16",
     )
+    dropout.name_layers(model)
     initialise_dense(model, job.seed)
+    with torch.no_grad():
+        starts = torch.tensor([_first_guess(task) for task in schema.tasks])
+        towers.output_bias.copy_(starts.view_as(towers.output_bias))
     model.backbone.to(device)
     model.towers.to(device)
     return model
+
+
+def _first_guess(task: Task) -> float:
+    """Where a task's output starts: the logit of a binary task's prior, and 0 for what has its mean there."""
+    if task.kind != "binary" or task.prior is None:
+        return 0.0
+    return math.log(task.prior / (1.0 - task.prior))

@@ -29,6 +29,7 @@ def example_job(**changes: Any) -> Job:
         "seed": 3,
         "schema": {
             "scenario": {"column": "scenario", "values": ["shop", "feed", "search"]},
+            "tables": {"brand_wide": {"rows": 30, "dim": 12}, "brand_narrow": {"rows": 30, "dim": 4}},
             "features": {
                 "user": {"kind": "id", "rows": 5000},
                 "item": {"kind": "id", "rows": 41},
@@ -36,6 +37,7 @@ def example_job(**changes: Any) -> Job:
                 "tags": {"kind": "id_list", "rows": 7, "pooling": "sum"},
                 "flag": {"kind": "id", "rows": 2},
                 "only": {"kind": "id", "rows": 1},
+                "brand": {"kind": "id", "tables": ["brand_narrow", "brand_wide"]},
                 "price": {"kind": "number", "transform": "bucketise", "boundaries": [1.0, 5.0]},
                 "age": {"kind": "number"},
                 "image": {"kind": "vector", "size": 3},

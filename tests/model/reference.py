@@ -1,6 +1,6 @@
 """The model and its training as plain PyTorch would have them, in loops: what ours are compared with.
 
-B rows, D embedding dim, T tasks, E experts.
+B rows, D embedding dim, T tasks, I input width.
 """
 
 from __future__ import annotations
@@ -32,15 +32,18 @@ class PlainModel:
 
     def forward(self, rows: Rows) -> torch.Tensor:
         """[B, T]."""
-        pooled = torch.cat([self.pooled(rows, feature.name) for feature in self.schema.id_features], dim=1)
+        pooled = [
+            self.pooled(rows, feature.name, table)
+            for feature in self.schema.id_features
+            for table in feature.tables
+        ]
         return self.head(
-            torch.cat([pooled, torch.from_numpy(rows.dense)], dim=1), torch.from_numpy(rows.scenario)
+            torch.cat([*pooled, torch.from_numpy(rows.dense)], dim=1), torch.from_numpy(rows.scenario)
         )
 
-    def pooled(self, rows: Rows, name: str) -> torch.Tensor:
+    def pooled(self, rows: Rows, name: str, looked_up_in: str) -> torch.Tensor:
         """[B, D]: sum or mean over each row's ids; zero where there is none."""
-        feature = next(each for each in self.schema.id_features if each.name == name)
-        table, weights = self.schema.table_of[feature.table], self.tables[feature.table]
+        table, weights = self.schema.table_of[looked_up_in], self.tables[looked_up_in]
         lengths = torch.from_numpy(rows.lengths[name])
         owner = torch.repeat_interleave(torch.arange(len(rows)), lengths)
         looked_up = weights[torch.from_numpy(rows.values[name])]
@@ -51,16 +54,101 @@ class PlainModel:
         """x [B, I] -> [B, T]."""
         section = self.job.model.backbone
         tasks = range(len(self.schema.tasks))
+        if section.kind == "factorization":
+            bias = self.dense["towers.output_bias"][:, 0]
+            return torch.stack([self.factorization(x, scenario, task) + bias[task] for task in tasks], dim=1)
         if section.kind == "shared_bottom":
-            shared = x
-            for layer in range(len(section.hidden)):
-                weight, bias = self.named(f"backbone.trunk.layers.{layer}")
-                shared = torch.relu(shared @ weight.T + bias)
-            mixed = [shared for _ in tasks]
+            mixed = [self.perceptron(x, "backbone.trunk", section.hidden)] * len(tasks)
+        elif section.kind == "ple":
+            mixed = self.ple(x, scenario)
         else:
             experts = [self.expert(x, expert) for expert in range(section.experts)]
             mixed = [self.mixture(x, scenario, experts, task) for task in tasks]
         return torch.stack([self.tower(mixed[task], task) for task in tasks], dim=1)
+
+    def perceptron(self, x: torch.Tensor, path: str, hidden: list[int]) -> torch.Tensor:
+        for layer in range(len(hidden)):
+            weight, bias = self.named(f"{path}.layers.{layer}")
+            x = torch.relu(x @ weight.T + bias)
+        return x
+
+    def ple(self, x: torch.Tensor, scenario: torch.Tensor) -> list[torch.Tensor]:
+        """Tang et al. 2020, equations 1 to 7, one task, expert and gate at a time: T times [B, H]."""
+        section = self.job.model.backbone
+        num_tasks, own, shared = len(self.schema.tasks), section.task_experts, section.shared_experts
+        inputs = [x] * (num_tasks + 1)
+        for level in range(section.levels):
+            # The group of each expert: its task, or the shared ones behind all tasks.
+            groups = [*(task for task in range(num_tasks) for _ in range(own)), *[num_tasks] * shared]
+            experts = [self.ple_expert(inputs[group], level, e, group) for e, group in enumerate(groups)]
+            last = level == section.levels - 1
+            mixed = []
+            for gate in range(num_tasks + (not last)):
+                logits = inputs[gate] @ self.ple_gate(level, gate).T
+                if last and section.scenario_gates:
+                    wide = own + shared
+                    bias = self.dense["backbone.scenario_bias"]
+                    logits = logits + bias[scenario][:, gate * wide : (gate + 1) * wide]
+                seen = [
+                    e for e, group in enumerate(groups) if gate == num_tasks or group in (gate, num_tasks)
+                ]
+                weights = torch.softmax(logits, dim=1)
+                mixed.append(sum((weights[:, [i]] * experts[e] for i, e in enumerate(seen)), torch.zeros(())))
+            inputs = mixed
+        return inputs
+
+    def ple_expert(self, x: torch.Tensor, level: int, expert: int, group: int) -> torch.Tensor:
+        section, path = self.job.model.backbone, f"backbone.levels.{level}"
+        num_tasks, width = len(self.schema.tasks), section.hidden[0]
+        if level == 0:
+            weight, bias = self.named(f"{path}.first")
+            number = expert
+        elif group < num_tasks:
+            weight, bias = self.named(f"{path}.first.tasks")
+            weight, bias, number = weight[group].T, bias[group, 0], expert - group * section.task_experts
+        else:
+            weight, bias = self.named(f"{path}.first.shared")
+            number = expert - num_tasks * section.task_experts
+        mine = slice(number * width, (number + 1) * width)
+        x = torch.relu(x @ weight[mine].T + bias[mine])
+        for layer in range(len(section.hidden) - 1):
+            weight, bias = self.named(f"{path}.rest.{layer}")
+            x = torch.relu(x @ weight[expert] + bias[expert])
+        return x
+
+    def ple_gate(self, level: int, gate: int) -> torch.Tensor:
+        """[experts it sees, I]."""
+        section, path = self.job.model.backbone, f"backbone.levels.{level}.gates"
+        num_tasks, width = len(self.schema.tasks), section.task_experts + section.shared_experts
+        if level == 0:
+            end = (gate + 1) * width if gate < num_tasks else None
+            return self.dense[f"{path}.weight"][gate * width : end]
+        if gate < num_tasks:
+            return self.dense[f"{path}.tasks.weight"][gate].T
+        return self.dense[f"{path}.shared.weight"]
+
+    def factorization(self, x: torch.Tensor, scenario: torch.Tensor, task: int) -> torch.Tensor:
+        """He et al. 2017, equation 12, one row at a time: [B]."""
+        section = self.job.model.backbone
+        parts = {each.table: x[:, each.start : each.start + each.width] for each in self.schema.lookups}
+        p, q = (parts[table] for table in section.factors)
+        taken = {*section.factors, *section.biases}
+        rest = [each for each in self.schema.lookups if each.table not in taken]
+        scores = []
+        for row in range(len(x)):
+            product = p[row] * q[row]
+            if "backbone.product" in self.dense:
+                product = product * self.dense["backbone.product"][task]
+            score = product.sum()
+            for table in section.biases:
+                score = score + parts[table][row, scenario[row]]
+            if section.hidden:
+                columns = [x[row, each.start : each.start + each.width] for each in rest]
+                columns.append(x[row, self.schema.embedding_width :])
+                hidden = self.perceptron(torch.cat(columns), "backbone.mlp", section.hidden)
+                score = score + hidden @ self.dense["backbone.last.weight"][task]
+            scores.append(score)
+        return torch.stack(scores)
 
     def expert(self, x: torch.Tensor, expert: int) -> torch.Tensor:
         hidden = self.job.model.backbone.hidden

@@ -8,6 +8,7 @@ from torch import nn
 
 from mtlrec.job.job import job_from_dict, job_json_schema
 from mtlrec.model.backbones.registry import BACKBONES
+from mtlrec.model.dropout import Dropout
 from mtlrec.model.model import Recommender, build_model
 from mtlrec.model.starting import dense_parameter
 from mtlrec.model.towers import Towers
@@ -16,6 +17,12 @@ from tests.model.example import cut, example_job, example_schema, global_rows
 from tests.model.reference import PlainModel
 
 CPU = torch.device("cpu")
+NEUMF: dict[str, Any] = {
+    "kind": "factorization",
+    "factors": ["flag", "user"],
+    "biases": ["brand_narrow", "only"],
+    "hidden": [12, 7],
+}
 
 
 def with_tables(model: Recommender) -> Recommender:
@@ -37,6 +44,12 @@ def with_tables(model: Recommender) -> Recommender:
         {"backbone": {"kind": "mmoe", "experts": 3, "hidden": [12, 10, 7]}, "tower": {"hidden": [6]}},
         {"backbone": {"kind": "mmoe", "experts": 1, "hidden": [12]}, "tower": {"hidden": [6]}},
         {"backbone": {"kind": "mmoe", "experts": 2, "hidden": [9, 9], "scenario_gates": True}},
+        {"backbone": {"kind": "ple", "hidden": [12, 10, 7], "scenario_gates": True}},
+        {"backbone": {"kind": "ple", "levels": 2, "hidden": [9], "task_experts": 1, "shared_experts": 3}},
+        {"backbone": {"kind": "ple", "levels": 3, "hidden": [12, 9], "task_experts": 3, "shared_experts": 1}},
+        {"backbone": {"kind": "ple", "levels": 2, "hidden": [8, 8], "scenario_gates": True}},
+        {"backbone": NEUMF},
+        {"backbone": {**NEUMF, "biases": []}},
     ],
 )
 def test_whole_model_is_the_plain_one(section: dict[str, Any]) -> None:
@@ -104,6 +117,37 @@ def test_names_in_checkpoints_are_pinned() -> None:
         "towers.last.weight",
         "towers.last.bias",
     ]
+    section = {"kind": "ple", "levels": 2, "hidden": [4, 4], "scenario_gates": True}
+    job = example_job(model={"backbone": section, "tower": {"hidden": []}})
+    names = [name for name, _ in build_model(job, example_schema(job), CPU).named_parameters()]
+    assert [name for name in names if not name.startswith("tables.")] == [
+        "backbone.scenario_bias",
+        "backbone.levels.0.first.weight",
+        "backbone.levels.0.first.bias",
+        "backbone.levels.0.gates.weight",
+        "backbone.levels.0.rest.0.weight",
+        "backbone.levels.0.rest.0.bias",
+        "backbone.levels.1.first.tasks.weight",
+        "backbone.levels.1.first.tasks.bias",
+        "backbone.levels.1.first.shared.weight",
+        "backbone.levels.1.first.shared.bias",
+        "backbone.levels.1.gates.tasks.weight",
+        "backbone.levels.1.rest.0.weight",
+        "backbone.levels.1.rest.0.bias",
+        "towers.last.weight",
+        "towers.last.bias",
+    ]
+    job = example_job(model={"dim": 8, "backbone": NEUMF})
+    names = [name for name, _ in build_model(job, example_schema(job), CPU).named_parameters()]
+    assert [name for name in names if not name.startswith("tables.")] == [
+        "backbone.product",
+        "backbone.mlp.layers.0.weight",
+        "backbone.mlp.layers.0.bias",
+        "backbone.mlp.layers.1.weight",
+        "backbone.mlp.layers.1.bias",
+        "backbone.last.weight",
+        "towers.output_bias",
+    ]
 
 
 def test_dense_start_follows_from_seed_and_name() -> None:
@@ -118,26 +162,44 @@ def test_dense_start_follows_from_seed_and_name() -> None:
         if name.startswith("tables."):
             continue
         assert torch.equal(value, same[name]), name
-        if name == "backbone.scenario_bias":
+        if name in ("backbone.scenario_bias", "towers.last.bias"):
             assert not value.any()
         else:
             assert not torch.equal(value, other[name]), name
     expected = dense_parameter(job.seed, "towers.last.weight", (3, 6, 1), 6**-0.5)
     assert torch.equal(one["towers.last.weight"], torch.from_numpy(expected))
-    width = sum(schema.table_of[feature.table].dim for feature in schema.id_features) + schema.dense_width
+    width = schema.embedding_width + schema.dense_width
     assert one["backbone.first.weight"].abs().max() <= width**-0.5
+
+
+@pytest.mark.parametrize("section", [{"backbone": "mmoe", "tower": {"hidden": []}}, {"backbone": NEUMF}])
+def test_outputs_start_at_the_logit_of_their_prior(section: dict[str, Any]) -> None:
+    raw = example_job(model={"dim": 8, **section}).to_dict()
+    if section["backbone"] == NEUMF:
+        del raw["model"]["tower"]
+    raw["schema"]["tasks"]["click"]["prior"] = 0.2
+    raw["schema"]["tasks"]["rating"] |= {"mean": 3.0, "std": 2.0}
+    job = job_from_dict(raw, "example")
+    model = build_model(job, example_schema(job), CPU)
+    found = model.towers.output_bias.detach().flatten()
+    torch.testing.assert_close(torch.sigmoid(found), torch.tensor([0.2, 0.5, 0.5]))
+    assert found[1:].tolist() == [0.0, 0.0]
+    with torch.no_grad():
+        outputs = model.towers(torch.zeros(3, 4, model.backbone.outputs))
+    torch.testing.assert_close(outputs, found[:, None].expand(3, 4))
 
 
 def test_every_backbone_of_the_job_is_there_and_takes_its_fields() -> None:
     section = job_json_schema()["$defs"]["ModelSection"]["properties"]["backbone"]
     assert set(section["discriminator"]["mapping"]) == set(BACKBONES)
     for kind in BACKBONES:
-        job = example_job(model={"backbone": {"kind": kind}})
+        job = example_job(model={"backbone": NEUMF if kind == "factorization" else {"kind": kind}})
         schema = example_schema(job)
         backbone = build_model(job, schema, CPU).backbone
-        width = sum(schema.table_of[feature.table].dim for feature in schema.id_features) + 4
+        width = schema.embedding_width + schema.dense_width
         shared = backbone(torch.randn(5, width), torch.tensor([0, 1, 2, 0, 1]))
         assert shared.shape == (3, 5, backbone.outputs)
+        assert not backbone.scores or backbone.outputs == 1
 
 
 class Recording(nn.Module):
@@ -152,15 +214,20 @@ def test_backbone_is_handed_embeddings_dense_numbers_and_scenario() -> None:
     job = example_job()
     schema = example_schema(job)
     tables = with_tables(build_model(job, schema, CPU)).tables
-    features = [feature.name for feature in schema.id_features]
-    width = 8 * len(features) + schema.dense_width
+    width = sum(schema.table_of[lookup.table].dim for lookup in schema.lookups) + schema.dense_width
     backbone = Recording()
     batch = cut(global_rows(schema, 96, 1), schema, 0, 1)
-    Recommender(tables, features, backbone, Towers(inputs=width, num_tasks=3, hidden=[]))(batch)
+    towers = Towers(inputs=width, num_tasks=3, hidden=[], dropout=Dropout())
+    outputs, embeddings = Recommender(tables, schema.lookups, backbone, towers).outputs_and_embeddings(batch)
     x, scenario = backbone.seen
+    assert outputs.shape == (96, 3)
     assert x.shape == (96, width)
     assert torch.equal(scenario, batch.scenario)
     assert torch.equal(x[:, -schema.dense_width :], batch.dense)
+    assert torch.equal(x[:, : -schema.dense_width], embeddings)
+    embeddings.square().sum().backward()
+    assert tables is not None
+    assert all(weights.grad is not None and weights.grad.any() for weights in tables.parameters())
 
 
 @pytest.mark.parametrize(
@@ -204,7 +271,7 @@ def test_mixed_precision_keeps_weights_and_outputs_float32() -> None:
 
 
 def test_towers_do_not_see_each_other() -> None:
-    towers = Towers(inputs=4, num_tasks=2, hidden=[3])
+    towers = Towers(inputs=4, num_tasks=2, hidden=[3], dropout=Dropout())
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in towers.parameters():

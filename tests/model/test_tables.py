@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from mtlrec.model.tables import build_tables, pool
+from mtlrec.model.tables import build_tables, output_names, pool
 from mtlrec.schema import Schema
 from tests.model.example import cut, example_job, example_schema, global_rows
 
@@ -39,11 +39,12 @@ def test_pooled_as_one_row_at_a_time_would_be() -> None:
     tables = real_tables(schema)
     rows = global_rows(schema, 48, seed=1, present=2)
     batch = cut(rows, schema, 0, 1)
-    features = [feature.name for feature in schema.id_features]
     weights = {name.split(".")[1]: value for name, value in tables.named_parameters()}
-    for feature, found in zip(schema.id_features, pool(tables, batch.ids, features), strict=True):
-        table = schema.table_of[feature.table]
-        jagged = batch.ids[feature.name].to_dense()
+    pooled = pool(tables, batch.ids, output_names(schema.lookups))
+    for lookup, found in zip(schema.lookups, pooled, strict=True):
+        table = schema.table_of[lookup.table]
+        assert found.shape == (48, lookup.width)
+        jagged = batch.ids[lookup.feature].to_dense()
         for row, ids in enumerate(jagged):
             expected = torch.zeros(table.dim)
             for each in ids.tolist():
@@ -59,11 +60,20 @@ def test_picked_by_key_whatever_the_order() -> None:
     schema = example_schema(example_job())
     tables = real_tables(schema)
     batch = cut(global_rows(schema, 48, seed=1), schema, 0, 1)
-    features = [feature.name for feature in schema.id_features]
-    assert list(Shuffled(tables)(batch.ids).keys()) != features
-    expected, found = pool(tables, batch.ids, features), pool(Shuffled(tables), batch.ids, features)
+    names = output_names(schema.lookups)
+    assert list(Shuffled(tables)(batch.ids).keys()) != names
+    expected, found = pool(tables, batch.ids, names), pool(Shuffled(tables), batch.ids, names)
     for one, other in zip(expected, found, strict=True):
         assert torch.equal(one, other)
+
+
+def test_names_are_those_of_the_collection() -> None:
+    schema = example_schema(example_job())
+    names = output_names(schema.lookups)
+    assert names.index("brand@brand_wide") == names.index("brand@brand_narrow") + 1
+    assert "item" in names and "history" in names
+    batch = cut(global_rows(schema, 48, seed=1), schema, 0, 1)
+    assert sorted(names) == sorted(real_tables(schema)(batch.ids).keys())
 
 
 def test_tables_are_the_schemas() -> None:
@@ -73,6 +83,8 @@ def test_tables_are_the_schemas() -> None:
     configs = {config.name: config for config in tables.embedding_bag_configs()}
     assert list(configs) == [table.name for table in schema.tables]
     assert (configs["item"].num_embeddings, configs["item"].embedding_dim) == (41, 8)
+    assert (configs["brand_wide"].embedding_dim, configs["brand_narrow"].embedding_dim) == (12, 4)
+    assert configs["brand_wide"].feature_names == configs["brand_narrow"].feature_names == ["brand"]
     # One table for an id and a list of ids of the same kind.
     assert configs["item"].feature_names == ["item", "history"]
     assert all(parameter.device.type == "meta" for parameter in tables.parameters())

@@ -13,7 +13,9 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from mtlrec.model.dropout import Dropout
 from mtlrec.model.layers import BatchedLinear, Linear
+from mtlrec.schema import Lookup
 
 
 class MMoE(nn.Module):
@@ -22,12 +24,16 @@ class MMoE(nn.Module):
     With `scenario_gates`, each scenario adds a bias of its own, which starts at zero, to every gate's logits.
     """
 
+    scores = False
+
     def __init__(
         self,
         *,
         inputs: int,
         num_tasks: int,
         num_scenarios: int,
+        lookups: Sequence[Lookup],
+        dropout: Dropout,
         experts: int,
         hidden: Sequence[int],
         scenario_gates: bool,
@@ -36,8 +42,8 @@ class MMoE(nn.Module):
         self.num_tasks, self.num_experts = num_tasks, experts
         self.outputs = hidden[-1]
         # All experts read the same x, so their first layers are one wide map; the later ones are batched.
-        self.first = Linear(inputs, experts * hidden[0])
-        self.rest = nn.ModuleList(BatchedLinear(experts, a, b) for a, b in pairwise(hidden))
+        self.first = Linear(inputs, experts * hidden[0], dropout)
+        self.rest = nn.ModuleList(BatchedLinear(experts, a, b, dropout) for a, b in pairwise(hidden))
         self.gates = Linear(inputs, num_tasks * experts, bias=False)
         self.scenario_bias = (
             nn.Parameter(torch.zeros(num_scenarios, num_tasks * experts)) if scenario_gates else None
@@ -46,9 +52,9 @@ class MMoE(nn.Module):
     def forward(self, x: torch.Tensor, scenario: torch.Tensor) -> torch.Tensor:
         """`scenario` int64 [B]."""
         batch = x.shape[0]
-        expert = self.first(x).relu_().view(batch, self.num_experts, -1).transpose(0, 1)
+        expert = self.first(x).view(batch, self.num_experts, -1).transpose(0, 1)
         for layer in self.rest:
-            expert = layer(expert).relu_()
+            expert = layer(expert)
         logits = self.gates(x)
         if self.scenario_bias is not None:
             logits = logits + nn.functional.embedding(scenario, self.scenario_bias)

@@ -3,11 +3,19 @@ from __future__ import annotations
 import torch
 
 from mtlrec.model.backbones.mmoe import MMoE
+from mtlrec.model.dropout import Dropout
 
 
 def mmoe(scenario_gates: bool) -> MMoE:
     backbone = MMoE(
-        inputs=5, num_tasks=2, num_scenarios=3, experts=4, hidden=[6, 3], scenario_gates=scenario_gates
+        inputs=5,
+        num_tasks=2,
+        num_scenarios=3,
+        lookups=(),
+        dropout=Dropout(),
+        experts=4,
+        hidden=[6, 3],
+        scenario_gates=scenario_gates,
     )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

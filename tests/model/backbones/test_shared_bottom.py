@@ -3,10 +3,17 @@ from __future__ import annotations
 import torch
 
 from mtlrec.model.backbones.shared_bottom import SharedBottom
+from mtlrec.model.dropout import Dropout
+
+
+def shared_bottom(inputs: int, hidden: list[int]) -> SharedBottom:
+    return SharedBottom(
+        inputs=inputs, num_tasks=3, num_scenarios=2, lookups=(), dropout=Dropout(), hidden=hidden
+    )
 
 
 def test_every_task_reads_the_same_trunk() -> None:
-    backbone = SharedBottom(inputs=5, num_tasks=3, num_scenarios=2, hidden=[6, 4])
+    backbone = shared_bottom(5, [6, 4])
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in backbone.parameters():
@@ -21,7 +28,7 @@ def test_every_task_reads_the_same_trunk() -> None:
 
 
 def test_gradients_of_all_tasks_add_up_in_the_trunk() -> None:
-    backbone = SharedBottom(inputs=2, num_tasks=3, num_scenarios=1, hidden=[1])
+    backbone = shared_bottom(2, [1])
     weight, bias = backbone.trunk.parameters()
     with torch.no_grad():
         weight.fill_(1.0)
