@@ -14,9 +14,9 @@ from mtlrec import storage
 from mtlrec.checkpoint.folder import Checkpoint, find, latest
 from mtlrec.checkpoint.lease import Lease
 from mtlrec.checkpoint.manifest import Manifest, read_manifest
+from mtlrec.data import label_statistics, statistics
 from mtlrec.data.overview import overview
 from mtlrec.data.shards import Dataset
-from mtlrec.data.statistics import measure, needs_measuring
 from mtlrec.job.errors import InputError
 from mtlrec.job.job import CPU_TABLE_OPTIMIZERS, Job, job_from_dict, parse_job
 from mtlrec.schema import Schema, build_schema, key_columns
@@ -139,42 +139,71 @@ def open_checkpoint(
     return job, task
 
 
+def asked_of(job: Job) -> dict[str, Any]:
+    """What decides where a run ends: kept in its result."""
+    run = job.to_dict()["run"]
+    return {field: run[field] for field in ("epochs", "max_steps", "evaluate")}
+
+
 def finished_result(url: str, job: Job, newest: Checkpoint | None) -> dict[str, Any] | None:
     """What the run in `url` ended with, if it has done what `job` asks for, and no more."""
     try:
         result = json.loads(storage.read(storage.join(url, RESULT)))
     except (FileNotFoundError, ValueError):
         return None
-    asked = {"epochs": job.run.epochs, "max_steps": job.run.max_steps}
-    fits = isinstance(result, dict) and result.get("asked") == asked
+    fits = isinstance(result, dict) and result.get("asked") == asked_of(job)
     return result if fits and newest is not None and result.get("checkpoint") == newest.url else None
 
 
+_MEASURED = {
+    "features": ("mean", "std", "boundaries", "rows"),
+    "tables": ("rows",),
+    "tasks": ("prior", "mean", "std"),
+}
+"""Fields of the schema that a run fills in where the job leaves them open."""
+_DECIDES = ("kind", "transform", "ids")
+"""What such a number was measured for: it is kept while these stay."""
+
+
 def _measured(job: Job, before: Manifest | None, show: Show) -> Job:
-    """Fill in means and boundaries: those the run has begun with, else measured on the training data."""
-    if not needs_measuring(job.schema_):
-        return job
+    """Fill in what is measured: as the run has begun with it, else on the training data.
+
+    The rows of a vocabulary stay open in a new run, until its workers have built it.
+    """
     raw = job.to_dict()
     if before is not None:
-        kept = before.meta["job"]["schema"]["features"]
-        for name, feature in raw["schema"]["features"].items():
-            if feature.get("transform") == kept.get(name, {}).get("transform"):
-                for field in ("mean", "std", "boundaries"):
-                    if field in feature and feature[field] is None:
-                        feature[field] = kept[name].get(field)
-    else:
+        for part, fields in _MEASURED.items():
+            kept = before.meta["job"]["schema"].get(part, {})
+            for name, section in raw["schema"][part].items():
+                old = kept.get(name, {})
+                if all(section.get(field) == old.get(field) for field in _DECIDES):
+                    for field in fields:
+                        if field in section and section[field] is None:
+                            section[field] = old.get(field)
+        return job_from_dict(raw, f"{job.name} with the numbers of its checkpoint")
+    if statistics.needs_measuring(job.schema_):
         show({"kind": "log", "text": f"measuring number features on {job.data.train}"})
-        began = time.monotonic()
-
-        def progress(done: int, total: int) -> None:
-            rate = done / max(time.monotonic() - began, 1e-9)
-            left = (total - done) / max(rate, 1e-9)
-            event = {"kind": "progress", "what": "measure", "done": done, "total": total}
-            show({**event, "rows_per_s": rate, "seconds_left": left})
-
-        section = measure(job.data.train, job.schema_, progress)
+        section = statistics.measure(job.data.train, job.schema_, _progress(show))
         raw["schema"] = section.model_dump(mode="json", by_alias=True)
-    return job_from_dict(raw, f"{job.name} with measured features")
+        job = job_from_dict(raw, f"{job.name} with measured features")
+    if label_statistics.needs_measuring(job.schema_):
+        show({"kind": "log", "text": f"measuring labels on {job.data.train}"})
+        section = label_statistics.measure_labels(job, _progress(show))
+        raw["schema"] = section.model_dump(mode="json", by_alias=True)
+        job = job_from_dict(raw, f"{job.name} with measured labels")
+    return job
+
+
+def _progress(show: Show) -> Callable[[int, int], None]:
+    began = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        rate = done / max(time.monotonic() - began, 1e-9)
+        left = (total - done) / max(rate, 1e-9)
+        event = {"kind": "progress", "what": "measure", "done": done, "total": total}
+        show({**event, "rows_per_s": rate, "seconds_left": left})
+
+    return progress
 
 
 def _refuse_nested(url: str, job: Job) -> None:
