@@ -37,6 +37,7 @@ _ALLOWED: dict[str, tuple[Callable[[pa.DataType], bool], str]] = {
         "lists (or fixed-size lists) of integers, floats or booleans",
     ),
     "label": (lambda kind: _is(kind, _NUMBER), "integers, floats or booleans"),
+    "weight": (lambda kind: _is(kind, _NUMBER), "integers, floats or booleans"),
     "scenario": (lambda kind: _is(kind, (kinds.is_integer, *_TEXT)), "integers or strings"),
     "anything": (lambda kind: True, "anything"),
 }

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mtlrec.data.labels import keep_given
 from mtlrec.data.shards import Dataset
 from mtlrec.schema import Schema
 
@@ -16,7 +17,8 @@ def overview(dataset: Dataset, schema: Schema, max_groups: int = 16) -> dict[str
     """Count everything, and sample the labels of at most `max_groups` evenly spaced row groups.
 
     Returns plain data: `url`, `shards`, `groups`, `rows`, `sampled_rows`, and for each scenario its sampled
-    `rows` and, for each task, `labelled` (share of rows with a label) and `mean` (of those labels, or None).
+    `rows` and, for each task, `labelled` (share of rows with a label that counts, by the task's `given` too) and
+    `mean` (of those labels, or None).
     """
     groups = np.unique(np.linspace(0, len(dataset.group_rows) - 1, max_groups).round().astype(np.int64))
     labels = list(dict.fromkeys(task.label for task in schema.tasks))
@@ -36,13 +38,15 @@ def overview(dataset: Dataset, schema: Schema, max_groups: int = 16) -> dict[str
             name: pc.cast(_plain(table[name]), pa.float64(), safe=False).to_numpy(zero_copy_only=False)
             for name in labels
         }
+        label = np.stack([known_labels[task.label] for task in schema.tasks], axis=1)
+        known = ~np.isnan(label)
+        keep_given(schema.tasks, label, known)
         for index in range(len(names)):
             here = scenario == index
             rows[index] += here.sum()
-            for position, task in enumerate(schema.tasks):
-                label = known_labels[task.label][here]
-                known = ~np.isnan(label)
-                counts[index, position] += known.sum(), label[known].sum(), here.sum()
+            for position in range(len(schema.tasks)):
+                counted = here & known[:, position]
+                counts[index, position] += counted.sum(), label[counted, position].sum(), here.sum()
     return {
         "url": dataset.url,
         "shards": len(dataset.shards),

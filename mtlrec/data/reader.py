@@ -1,7 +1,7 @@
 """Batches in the order of the contract, built by background threads ahead of whoever consumes them.
 
 L lanes, W workers, b rows of a lane in every step, S rows of this worker's batch with its padding (its
-stride), F id features, N dense numbers, T tasks.
+stride), K negatives a row, M = S (1 + K), F id features, N dense numbers, T tasks.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
-from types import TracebackType
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,11 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mtlrec.batch import Batch
-from mtlrec.data.columns import Columns
+from mtlrec.data.columns import Columns, join
+from mtlrec.data.negatives import Sampler
 from mtlrec.data.order import Position, advance, check_position, lane_rows, steps_left, stride, worker_lanes
 from mtlrec.data.shards import Dataset
+from mtlrec.data.vocabulary import Vocabulary
 from mtlrec.data.windows import Windows
 from mtlrec.job.errors import InputError
 from mtlrec.schema import Schema
@@ -41,9 +43,10 @@ class Reader:
     of the files.
 
     batch_size: rows of a step over all workers, a multiple of `lanes`. window: rows of a lane that are
-    shuffled among themselves. labels: whether label columns are read. keys: columns passed through in
-    `Batch.keys`. ahead: batches that are kept ready. pin_memory: put batches where a GPU copies them from
-    while it computes. threads: row groups that are read and decoded side by side.
+    shuffled among themselves. labels: whether labels and sample weights are read. keys: columns passed
+    through in `Batch.keys`. vocabularies: by table. first_step: `Batch.step` of the first batch. negatives:
+    what draws them, if any. ahead: batches that are kept ready. pin_memory: put batches where a GPU copies
+    them from while it computes. threads: row groups that are read and decoded side by side.
 
     Raises InputError for a batch size that lanes do not divide, and for a position of other data or lanes.
     """
@@ -64,6 +67,9 @@ class Reader:
         world_size: int = 1,
         labels: bool = True,
         keys: Sequence[str] = (),
+        vocabularies: Mapping[str, Vocabulary] = MappingProxyType({}),
+        first_step: int = 0,
+        negatives: Sampler | None = None,
         ahead: int = 4,
         pin_memory: bool = False,
         threads: int = 2,
@@ -88,14 +94,26 @@ class Reader:
             rows_per_step=self._rows_per_step,
             labels=labels,
             keys=keys,
+            vocabularies=vocabularies,
+            negatives=negatives,
             threads=threads,
         )
-        builder = _Builder(schema, stride(lanes, world_size, self._rows_per_step), tuple(keys), pin_memory)
+        builder = _Builder(
+            schema,
+            stride(lanes, world_size, self._rows_per_step),
+            weighted=labels and schema.weight_column is not None,
+            keys=tuple(keys),
+            negatives=negatives,
+            pin_memory=pin_memory,
+        )
         steps = _Steps(windows, served, self._rows, self._rows_per_step, position, epochs)
         self._windows, self._ready = windows, _Ready(ahead)
         # The threads do not know the reader, so that it stops when it is dropped without being closed.
         self._thread = threading.Thread(
-            target=_build_ahead, args=(steps, builder, self._ready), name="mtlrec-batches", daemon=True
+            target=_build_ahead,
+            args=(steps, builder, first_step, self._ready),
+            name="mtlrec-batches",
+            daemon=True,
         )
         self._stop = weakref.finalize(self, _stop, windows, self._ready)
         self._thread.start()
@@ -141,11 +159,11 @@ def _stop(windows: Windows, ready: _Ready) -> None:
     ready.stop()
 
 
-def _build_ahead(steps: _Steps, builder: _Builder, ready: _Ready) -> None:
+def _build_ahead(steps: _Steps, builder: _Builder, first_step: int, ready: _Ready) -> None:
     failure: BaseException | None = None
     try:
-        for parts, position in steps:
-            if not ready.put(builder.build(parts, position)):
+        for step, (parts, position) in enumerate(steps, first_step):
+            if not ready.put(builder.build(parts, position, step)):
                 return
     except BaseException as error:
         failure = error
@@ -243,57 +261,92 @@ class _Steps:
 class _Builder:
     """Rows as numpy arrays -> Batch of tensors, padded to the stride."""
 
-    def __init__(self, schema: Schema, stride: int, keys: tuple[str, ...], pin_memory: bool) -> None:
-        self._stride, self._keys, self._pin_memory = stride, keys, pin_memory
+    def __init__(
+        self,
+        schema: Schema,
+        stride: int,
+        *,
+        weighted: bool,
+        keys: tuple[str, ...],
+        negatives: Sampler | None,
+        pin_memory: bool,
+    ) -> None:
+        self._stride, self._weighted, self._keys, self._pin_memory = stride, weighted, keys, pin_memory
+        self._negatives = negatives
+        self._model_rows = stride * (1 + (negatives.per_positive if negatives is not None else 0))
         self._names = [feature.name for feature in schema.id_features]
         self._is_list = [feature.source == "id_list" for feature in schema.id_features]
         self._num_dense, self._num_tasks = schema.dense_width, len(schema.tasks)
 
-    def build(self, parts: Sequence[Columns], position: Position) -> Batch:
-        """parts: at most S rows in all, in their order. position: behind this batch."""
+    def build(self, parts: Sequence[Columns], position: Position, step: int) -> Batch:
+        """parts: at most S rows in all, in their order. position: behind this batch. step: of the run."""
         num_rows = sum(len(part) for part in parts)
+        drawn: list[Columns] = []
+        present = behind = None
+        if self._negatives is not None:
+            present = np.zeros((self._stride, self._negatives.per_positive), np.bool_)
+            if parts:
+                parts = [join(parts)]
+                present[:num_rows], negatives = self._negatives.negatives_of(parts[0], step)
+                drawn = [negatives]
+            behind = self._stride + np.flatnonzero(present)
+        dense = self._padded(
+            [part.dense for part in parts], np.float32, self._num_dense, rows=self._model_rows
+        )
+        scenario = self._padded([part.scenario for part in parts], np.int64, rows=self._model_rows)
+        for each in drawn:
+            dense[behind], scenario[behind] = each.dense, each.scenario
+        places = slice(0, num_rows) if behind is None else np.concatenate([np.arange(num_rows), behind])
+        weight = [part.weight for part in parts if part.weight is not None]
         return Batch(
-            ids=self._jagged(parts, num_rows),
-            dense=self._padded([part.dense for part in parts], np.float32, self._num_dense),
-            labels=self._padded([part.labels for part in parts], np.float32, self._num_tasks),
-            valid=self._padded([part.valid for part in parts], np.bool_, self._num_tasks),
-            scenario=self._padded([part.scenario for part in parts], np.int64),
-            rows=self._padded([part.rows for part in parts], np.int64, padding=-1, pinned=False),
+            ids=self._jagged([*parts, *drawn], places),
+            dense=self._tensor(dense),
+            labels=self._tensor(self._padded([part.labels for part in parts], np.float32, self._num_tasks)),
+            valid=self._tensor(self._padded([part.valid for part in parts], np.bool_, self._num_tasks)),
+            scenario=self._tensor(scenario),
+            rows=torch.from_numpy(self._padded([part.rows for part in parts], np.int64, padding=-1)),
             num_rows=num_rows,
             position=position,
+            step=step,
+            weight=self._tensor(self._padded(weight, np.float32)) if self._weighted else None,
+            negatives=None if present is None else self._tensor(present),
             keys=self._key_table(parts) if self._keys else None,
         )
 
     def _padded(
-        self, parts: Sequence[_Array], dtype: Any, *width: int, padding: int = 0, pinned: bool = True
-    ) -> torch.Tensor:
-        """The parts one after the other, then padding to the stride."""
-        whole = np.empty((self._stride, *width), dtype)
+        self, parts: Sequence[_Array], dtype: Any, *width: int, padding: int = 0, rows: int | None = None
+    ) -> _Array:
+        """The parts one after the other, then padding, to S rows or as many as are given."""
+        whole = np.empty((rows or self._stride, *width), dtype)
         num_rows = sum(len(part) for part in parts)
         if parts:
             np.concatenate(parts, out=whole[:num_rows])
         whole[num_rows:] = padding
-        return self._tensor(whole, pinned)
+        return whole
 
-    def _jagged(self, parts: Sequence[Columns], num_rows: int) -> KeyedJaggedTensor:
-        """Values of feature 0 for all rows, then of feature 1, and so on; lengths [F * S] likewise."""
+    def _jagged(self, parts: Sequence[Columns], places: slice | _Array) -> KeyedJaggedTensor:
+        """Values of feature 0 for all rows, then of feature 1, and so on; lengths [F * M] likewise.
+
+        places: of the parts' rows among the M, rising; the others have no ids.
+        """
+        num_rows = sum(len(part) for part in parts)
         single = np.empty((len(self._is_list) - sum(self._is_list), num_rows), np.int64)
         if parts:
             np.concatenate([part.ids for part in parts], axis=1, out=single)
         present = single >= 0
         complete: _Array = np.logical_and.reduce(present, axis=1)
-        lengths = np.zeros((len(self._is_list), self._stride), np.int32)
+        lengths = np.zeros((len(self._is_list), self._model_rows), np.int32)
         pieces: list[_Array] = []
         next_single = next_list = 0
-        for target, is_list in zip(lengths[:, :num_rows], self._is_list, strict=True):
+        for target, is_list in zip(lengths, self._is_list, strict=True):
             if not is_list:
                 ids, has = single[next_single], present[next_single]
-                target[:] = has
+                target[places] = has
                 pieces.append(ids if complete[next_single] else ids[has])
                 next_single += 1
             elif parts:
                 lists = [part.lists[next_list] for part in parts]
-                np.concatenate([np.diff(each.offsets) for each in lists], out=target, casting="same_kind")
+                target[places] = np.concatenate([np.diff(each.offsets) for each in lists])
                 pieces += [each.values[each.offsets[0] : each.offsets[-1]] for each in lists]
                 next_list += 1
         values = np.empty(sum(len(piece) for piece in pieces), np.int64)
@@ -303,13 +356,13 @@ class _Builder:
             keys=list(self._names),
             values=self._tensor(values),
             lengths=self._tensor(lengths.reshape(-1)),
-            stride=self._stride,
+            stride=self._model_rows,
         )
 
     def _key_table(self, parts: Sequence[Columns]) -> pa.Table:
         tables = [part.keys for part in parts]
         return pa.concat_tables(tables) if tables else pa.table({name: pa.nulls(0) for name in self._keys})
 
-    def _tensor(self, array: _Array, pinned: bool = True) -> torch.Tensor:
+    def _tensor(self, array: _Array) -> torch.Tensor:
         tensor = torch.from_numpy(array)
-        return tensor.pin_memory() if pinned and self._pin_memory else tensor
+        return tensor.pin_memory() if self._pin_memory else tensor

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from mtlrec.data.columns import Columns, build_columns, column_names, join
+from mtlrec.data.negatives import Sampler
 from mtlrec.data.order import (
     Fill,
     Lane,
@@ -20,6 +22,7 @@ from mtlrec.data.order import (
     window_permutation,
 )
 from mtlrec.data.shards import Dataset
+from mtlrec.data.vocabulary import Vocabulary
 from mtlrec.schema import Schema
 
 _JOIN_S = 10.0
@@ -47,8 +50,11 @@ class Windows:
         rows_per_step: int,
         labels: bool,
         keys: Sequence[str],
+        vocabularies: Mapping[str, Vocabulary],
+        negatives: Sampler | None,
         threads: int,
     ) -> None:
+        self._vocabularies, self._negatives = vocabularies, negatives
         self._dataset, self._schema, self._labels, self._keys = dataset, schema, labels, tuple(keys)
         self._num_lanes, self._shuffle, self._seed = lanes, shuffle, seed
         self._names = column_names(schema, labels, self._keys)
@@ -176,14 +182,19 @@ class Windows:
     def _read(self, group: int) -> Columns:
         dataset = self._dataset
         shard = dataset.shards[dataset.group_shard[group]]
-        return build_columns(
-            dataset.read_group(group, self._names),
+        table = dataset.read_group(group, self._names)
+        columns = build_columns(
+            table,
             self._schema,
             where=f"{shard.url}, row group {dataset.group_index[group]}",
             first_row=int(dataset.group_start[group]),
             labels=self._labels,
             keys=self._keys,
+            vocabularies=self._vocabularies,
         )
+        if self._negatives is None:
+            return columns
+        return replace(columns, user=self._negatives.users_of(table, columns))
 
 
 class _Group:

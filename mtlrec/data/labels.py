@@ -1,0 +1,79 @@
+"""Labels, what makes them count, and sample weights. No torch.
+
+R rows, T tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mtlrec.data.source import Source, is_valid, without_nulls
+from mtlrec.schema import Task
+
+Valid = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float32]
+
+
+def read_labels(source: Source, tasks: Sequence[Task]) -> tuple[Floats, Valid]:
+    """float32 [R, T], 0 where there is none, and bool [R, T]: the row has a label that counts.
+
+    Raises InputError for an infinite label, and for one of a binary or pairwise task beside 0 and 1.
+    """
+    labels = np.zeros((len(source), len(tasks)), np.float32)
+    valid = np.zeros((len(source), len(tasks)), np.bool_)
+    for index, task in enumerate(tasks):
+        _label(source, task, labels[:, index], valid[:, index])
+    keep_given(tasks, labels, valid)
+    return labels, valid
+
+
+def keep_given(tasks: Sequence[Task], labels: npt.NDArray[Any], valid: Valid) -> None:
+    """Take away, in place, each label whose `given` task does not allow it, [R, T].
+
+    A task counts only in rows where the task that it is given has a label that counts, and it is 1.
+    """
+    place = {task.name: index for index, task in enumerate(tasks)}
+    settled = {index for index, task in enumerate(tasks) if task.given is None}
+
+    def settle(index: int) -> None:
+        if index in settled:
+            return
+        settled.add(index)
+        given = place[tasks[index].given or ""]
+        settle(given)
+        valid[:, index] &= valid[:, given] & (labels[:, given] == 1)
+        labels[~valid[:, index], index] = 0
+
+    for index in range(len(tasks)):
+        settle(index)
+
+
+def read_weight(source: Source, column: str) -> Floats:
+    """Sample weights, float32 [R]. Raises InputError for one that is null, NaN, negative or infinite."""
+    array = source[column]
+    values = without_nulls(pc.cast(array, pa.float64(), safe=False), 0)
+    fits = is_valid(array) & (values >= 0) & (values < np.inf)
+    if not fits.all():
+        row = int(np.argmin(fits))
+        value = "null" if not array[row].is_valid else values[row]
+        raise source.refuse(column, row, f"{value} is no sample weight; a finite number from 0 on is")
+    weight = np.empty(len(values), np.float32)
+    source.store(column, values, weight)
+    return weight
+
+
+def _label(source: Source, task: Task, target: Floats, valid: Valid) -> None:
+    column = task.label
+    values = source.floats(column, source[column])
+    np.logical_not(np.isnan(values), out=valid)
+    if task.kind != "regression" and (wrong := valid & (values != 0) & (values != 1)).any():
+        row = int(np.argmax(wrong))
+        problem = f"{values[row]} is not a label of a {task.kind} task; 0, 1 (or false, true) and null are"
+        raise source.refuse(column, row, problem)
+    source.store(column, values, target)
