@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mtlrec.job.job import Job
+from mtlrec.job.model import PLE, Factorization
 from mtlrec.schema import Schema
 from tests.model.example import Rows
 
@@ -75,6 +76,7 @@ class PlainModel:
     def ple(self, x: torch.Tensor, scenario: torch.Tensor) -> list[torch.Tensor]:
         """Tang et al. 2020, equations 1 to 7, one task, expert and gate at a time: T times [B, H]."""
         section = self.job.model.backbone
+        assert isinstance(section, PLE)
         num_tasks, own, shared = len(self.schema.tasks), section.task_experts, section.shared_experts
         inputs = [x] * (num_tasks + 1)
         for level in range(section.levels):
@@ -99,6 +101,7 @@ class PlainModel:
 
     def ple_expert(self, x: torch.Tensor, level: int, expert: int, group: int) -> torch.Tensor:
         section, path = self.job.model.backbone, f"backbone.levels.{level}"
+        assert isinstance(section, PLE)
         num_tasks, width = len(self.schema.tasks), section.hidden[0]
         if level == 0:
             weight, bias = self.named(f"{path}.first")
@@ -119,6 +122,7 @@ class PlainModel:
     def ple_gate(self, level: int, gate: int) -> torch.Tensor:
         """[experts it sees, I]."""
         section, path = self.job.model.backbone, f"backbone.levels.{level}.gates"
+        assert isinstance(section, PLE)
         num_tasks, width = len(self.schema.tasks), section.task_experts + section.shared_experts
         if level == 0:
             end = (gate + 1) * width if gate < num_tasks else None
@@ -130,6 +134,7 @@ class PlainModel:
     def factorization(self, x: torch.Tensor, scenario: torch.Tensor, task: int) -> torch.Tensor:
         """He et al. 2017, equation 12, one row at a time: [B]."""
         section = self.job.model.backbone
+        assert isinstance(section, Factorization)
         parts = {each.table: x[:, each.start : each.start + each.width] for each in self.schema.lookups}
         p, q = (parts[table] for table in section.factors)
         taken = {*section.factors, *section.biases}

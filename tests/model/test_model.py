@@ -172,20 +172,21 @@ def test_dense_start_follows_from_seed_and_name() -> None:
     assert one["backbone.first.weight"].abs().max() <= width**-0.5
 
 
-@pytest.mark.parametrize("section", [{"backbone": "mmoe", "tower": {"hidden": []}}, {"backbone": NEUMF}])
-def test_outputs_start_at_the_logit_of_their_prior(section: dict[str, Any]) -> None:
-    raw = example_job(model={"dim": 8, **section}).to_dict()
-    if section["backbone"] == NEUMF:
-        del raw["model"]["tower"]
+@pytest.mark.parametrize(("section", "bias", "width"), [("mmoe", "last.bias", 64), (NEUMF, "output_bias", 1)])
+def test_outputs_start_at_the_logit_of_their_prior(section: Any, bias: str, width: int) -> None:
+    raw = example_job().to_dict()
+    raw["model"] = {"dim": 8, "backbone": section}
+    if section == "mmoe":
+        raw["model"]["tower"] = {"hidden": []}
     raw["schema"]["tasks"]["click"]["prior"] = 0.2
     raw["schema"]["tasks"]["rating"] |= {"mean": 3.0, "std": 2.0}
     job = job_from_dict(raw, "example")
     model = build_model(job, example_schema(job), CPU)
-    found = model.towers.output_bias.detach().flatten()
+    found = dict(model.towers.named_parameters())[bias].detach().flatten()
     torch.testing.assert_close(torch.sigmoid(found), torch.tensor([0.2, 0.5, 0.5]))
     assert found[1:].tolist() == [0.0, 0.0]
     with torch.no_grad():
-        outputs = model.towers(torch.zeros(3, 4, model.backbone.outputs))
+        outputs = model.towers(torch.zeros(3, 4, width))
     torch.testing.assert_close(outputs, found[:, None].expand(3, 4))
 
 
