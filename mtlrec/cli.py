@@ -6,11 +6,10 @@ import argparse
 import json
 import os
 import sys
-from typing import Any, NoReturn
+from typing import NoReturn
 
+from mtlrec.commands.console import DONE, FAILED, STOPPED, WRONG_INPUT, print_text
 from mtlrec.job.errors import InputError
-
-DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 3
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,17 +39,8 @@ def main(argv: list[str] | None = None) -> int:
 def _fail(arguments: argparse.Namespace, message: str, code: int) -> int:
     print(f"mtlrec: {message}", file=sys.stderr)
     if getattr(arguments, "json", False):
-        _print(json.dumps({"error": message, "exit": code}))
+        print_text(json.dumps({"error": message, "exit": code}))
     return code
-
-
-def _print(text: str) -> None:
-    """To stdout; whoever reads it may have enough (`| head`), which is no failure of ours."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        # What is still buffered must not fail again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Parser(argparse.ArgumentParser):
@@ -84,17 +74,22 @@ def _parser() -> argparse.ArgumentParser:
     prepare.set_defaults(command=_prepare)
 
     train = commands.add_parser("train", help="train a job, or go on with it where it stopped")
-    train.add_argument("job", metavar="JOB", help="job file (path or URL)")
-    train.add_argument(
-        "--set", action="append", default=[], metavar="A.B=C", help="override a field of the job"
-    )
     train.add_argument("--name", help="short for --set name=...")
     train.set_defaults(command=_train)
+
+    compare = commands.add_parser("compare", help="train variations of a job, and put them into one table")
+    _add_compare(compare)
+    for parser_ in (train, compare):
+        parser_.add_argument("job", metavar="JOB", help="job file (path or URL)")
+        parser_.add_argument(
+            "--set", action="append", default=[], metavar="A.B=C", help="override a field of the job"
+        )
 
     evaluate = commands.add_parser("evaluate", help="measure a checkpoint, per scenario and task")
     predict = commands.add_parser("predict", help="score rows with a checkpoint, into Parquet")
     for parser_, verb in ((evaluate, "measure on"), (predict, "score")):
-        parser_.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint or run folder (its latest)")
+        parser_.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint, or run folder (its best)")
+        parser_.add_argument("--last", action="store_true", help="of a run folder: its latest, not its best")
         parser_.add_argument("--data", help=f"Parquet to {verb}; default: the job's data.eval")
         parser_.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
         parser_.add_argument("--batch-size", type=int, help="rows at a time over all workers")
@@ -102,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--out", required=True, help="new folder for part-*.parquet")
     predict.add_argument("--keys", help="columns to carry along, by comma; default: user, item and scenario")
     predict.set_defaults(command=_predict)
-    for parser_ in (train, evaluate, predict):
+    for parser_ in (train, compare, evaluate, predict):
         parser_.add_argument("--workers", type=int, help="Ray Train workers; 0: this process alone")
         parser_.add_argument(
             "--address", help="a running Ray cluster (host:port); default: a local one of our own"
@@ -122,181 +117,77 @@ def _parser() -> argparse.ArgumentParser:
     schema = commands.add_parser("job-schema", help="print the JSON schema of a job file, for editors")
     schema.set_defaults(command=_job_schema)
 
-    for parser_ in (synth, prepare, train, evaluate, predict, inspect, doctor):
+    for parser_ in (synth, prepare, train, compare, evaluate, predict, inspect, doctor):
         parser_.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return parser
 
 
-def _synth(arguments: argparse.Namespace) -> int:
-    from mtlrec.data.synthetic import synthesise
-
-    sizes = {key: getattr(arguments, key) for key in ("rows", "users", "items", "scenarios", "files", "seed")}
-    return _make(
-        arguments, lambda out, progress: synthesise(out, **sizes, force=arguments.force, progress=progress)
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="A.B=V1,V2",
+        help="values of a field, as YAML with commas between; repeated: every combination",
     )
+    parser.add_argument(
+        "--seeds", help="how many, from the job's own upwards, or which: 3,5,8 (default: run.seeds, or one)"
+    )
+    parser.add_argument("--data", help="Parquet to measure every run on; default: the job's data.eval")
+    parser.add_argument(
+        "--metric",
+        action="append",
+        default=[],
+        help="a column of the table, as METRIC, TASK/METRIC or SCENARIO/TASK/METRIC; may be repeated",
+    )
+    parser.add_argument("--scenarios", action="store_true", help="a table for each scenario too")
+    parser.add_argument("--parallel", type=int, default=1, help="runs side by side (default 1)")
+    parser.add_argument(
+        "--out", help="folder for compare.json, compare.md and logs (default: run.storage/NAME-compare)"
+    )
+    parser.set_defaults(command=_compare)
+
+
+def _synth(arguments: argparse.Namespace) -> int:
+    from mtlrec.commands.data import synth
+
+    return synth(arguments)
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
-    from mtlrec.data.prepare.catalog import PREPARERS
+    from mtlrec.commands.data import prepare
 
-    prepare = PREPARERS.get(arguments.dataset)
-    if prepare is None:
-        raise InputError(f"prepare {arguments.dataset}: not known; allowed: {', '.join(sorted(PREPARERS))}")
-    return _make(
-        arguments,
-        lambda out, progress: prepare(arguments.source, out, force=arguments.force, progress=progress),
-    )
-
-
-def _make(arguments: argparse.Namespace, make: Any) -> int:
-    from mtlrec import storage
-    from mtlrec.display import Display
-
-    display = Display()
-    try:
-        made = make(storage.make_absolute(arguments.out, "."), display.handle)
-    finally:
-        display.close()
-    job = storage.join(made["out"], "job.yaml")
-    display.say(f"wrote {made['out']}; now: mtlrec train {job}")
-    return _print_json(arguments, {**made, "job": job})
+    return prepare(arguments)
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from mtlrec.stack import require_stack
+    from mtlrec.commands.train import train
 
-    overrides = list(arguments.set)
-    if arguments.name is not None:
-        overrides.append(f"name={json.dumps(arguments.name)}")
-    if arguments.workers is not None:
-        overrides.append(f"run.workers={arguments.workers}")
-    from mtlrec.preflight import open_run, read_job
-
-    job = read_job(arguments.job, overrides)
-    require_stack(job.run.device)
-    from dataclasses import asdict
-
-    from mtlrec.display import Display
-    from mtlrec.launch import StopRequest, check_address, launch
-
-    check_address(arguments.address)
-    display, stop = Display(arguments.quiet), StopRequest()
-    try:
-        opened = open_run(job, {"command": " ".join(sys.argv)}, display.handle)
-        if isinstance(opened, dict):
-            display.say(f"run {job.name} has finished at step {opened['steps']:,}; raise run.epochs to go on")
-            return _show_result(arguments, display, {**opened, "already_finished": True})
-        run, lease = opened
-        with lease, stop.listening(display.say):
-            result = launch(
-                "train",
-                asdict(run),
-                job.run,
-                name=job.name,
-                address=arguments.address,
-                show=display.handle,
-                stop=stop,
-                alive=lease.check,
-            )
-    finally:
-        display.close()
-    return _show_result(arguments, display, result)
+    return train(arguments)
 
 
-def _show_result(arguments: argparse.Namespace, display: Any, result: dict[str, Any]) -> int:
-    if result["metrics"]:
-        display.metrics(result["metrics"], result["ideal"], f"step {result['steps']:,}, on data.eval")
-    rate = f", {result['samples_per_s']:,.0f} samples/s" if result["samples_per_s"] else ""
-    display.say(
-        f"{result['rows']:,} rows trained, {result['steps']:,} steps{rate}, {result['seconds']:.0f} s"
-    )
-    display.say(f"run        {result['run_dir']}")
-    display.say(f"checkpoint {result['checkpoint']}")
-    if result["stopped"]:
-        display.say("stopped on request; the same command goes on from here")
-    else:
-        display.say(f"next: mtlrec evaluate {result['run_dir']} --data FOLDER")
-        display.say(f"      mtlrec predict {result['run_dir']} --data FOLDER --out FOLDER")
-        display.say(f"      mtlrec inspect {result['run_dir']}")
-        display.say(f"      tensorboard --logdir {result['run_dir']}/tensorboard")
-    _print_json(arguments, result)
-    return STOPPED if result["stopped"] else DONE
+def _compare(arguments: argparse.Namespace) -> int:
+    from mtlrec.commands.compare import compare
+
+    return compare(arguments)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    result, display = _on_checkpoint("evaluate", arguments, {})
-    display.metrics(result["metrics"], result["ideal"], f"{result['checkpoint']} on {result['data']}")
-    return _print_json(arguments, result)
+    from mtlrec.commands.checkpoint import evaluate
+
+    return evaluate(arguments)
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    from mtlrec import storage
+    from mtlrec.commands.checkpoint import predict
 
-    out = storage.make_absolute(arguments.out, ".")
-    if storage.list_files(out) if storage.exists(out) else False:
-        raise InputError(f"--out {out}: the folder is not empty; name a new one")
-    named = arguments.keys.split(",") if arguments.keys is not None else None
-    keys = list(dict.fromkeys(key for key in named if key)) if named is not None else None
-    result, display = _on_checkpoint("predict", arguments, {"out": out, "keys": keys})
-    display.say(f"wrote {result['rows']:,} predictions to {result['out']}")
-    return _print_json(arguments, result)
-
-
-def _on_checkpoint(
-    action: str, arguments: argparse.Namespace, payload: dict[str, Any]
-) -> tuple[dict[str, Any], Any]:
-    """Run `action` on the checkpoint that the arguments name, on as many workers as they say."""
-    from mtlrec.stack import require_stack
-
-    require_stack(arguments.device)
-    from mtlrec.display import Display
-    from mtlrec.job.run import MAX_WORKERS
-    from mtlrec.launch import StopRequest, check_address, launch
-    from mtlrec.preflight import open_checkpoint
-
-    if arguments.workers is not None and not 0 <= arguments.workers <= MAX_WORKERS:
-        raise InputError(f"--workers {arguments.workers}: allowed are 0 to {MAX_WORKERS}")
-    if arguments.batch_size is not None and arguments.batch_size < 1:
-        raise InputError(f"--batch-size {arguments.batch_size}: at least 1")
-    if arguments.address and not arguments.workers:
-        raise InputError(f"--address {arguments.address}: needs --workers of at least 1")
-    check_address(arguments.address)
-    found = open_checkpoint(
-        arguments.checkpoint, arguments.data, arguments.device, arguments.batch_size, payload
-    )
-    job, task = found
-    run = job.run.model_copy(update={"workers": arguments.workers or 0})
-    display = Display(arguments.quiet)
-    try:
-        result = launch(
-            action,
-            task,
-            run,
-            name=f"{action}-{os.getpid()}",
-            address=arguments.address,
-            show=display.handle,
-            stop=StopRequest(),
-            alive=lambda: None,
-        )
-    finally:
-        display.close()
-    return result, display
+    return predict(arguments)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from mtlrec.checkpoint.folder import find
-    from mtlrec.checkpoint.inspect import inspect_checkpoint, render
-    from mtlrec.display import Display
+    from mtlrec.commands.checkpoint import inspect
 
-    display = Display()
-    try:
-        found = inspect_checkpoint(find(arguments.checkpoint), verify=arguments.verify, show=display.handle)
-    finally:
-        display.close()
-    if arguments.json:
-        return _print_json(arguments, found)
-    _print(render(found))
-    return DONE
+    return inspect(arguments)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -309,13 +200,7 @@ def _job_schema(arguments: argparse.Namespace) -> int:
     del arguments
     from mtlrec.job.job import job_json_schema
 
-    _print(json.dumps(job_json_schema(), indent=2))
-    return DONE
-
-
-def _print_json(arguments: argparse.Namespace, result: dict[str, Any]) -> int:
-    if arguments.json:
-        _print(json.dumps(result))
+    print_text(json.dumps(job_json_schema(), indent=2))
     return DONE
 
 

@@ -1,0 +1,108 @@
+"""`mtlrec evaluate`, `predict` and `inspect`: what is done with a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from typing import Any
+
+from mtlrec import storage
+from mtlrec.checkpoint.folder import CHECKPOINTS, find
+from mtlrec.checkpoint.inspect import inspect_checkpoint, render
+from mtlrec.commands.console import DONE, print_json, print_text
+from mtlrec.display import Display
+from mtlrec.job.errors import InputError
+from mtlrec.job.run import MAX_WORKERS
+from mtlrec.launch import StopRequest, check_address, launch
+from mtlrec.preflight import RESULT, open_checkpoint
+from mtlrec.stack import require_stack
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Measure a checkpoint, per scenario and task."""
+    result, display = _on_checkpoint("evaluate", arguments, {})
+    display.metrics(result["metrics"], result["ideal"], f"{result['checkpoint']} on {result['data']}")
+    return print_json(arguments, result)
+
+
+def predict(arguments: argparse.Namespace) -> int:
+    """Score rows with a checkpoint, into Parquet."""
+    out = storage.make_absolute(arguments.out, ".")
+    if storage.list_files(out) if storage.exists(out) else False:
+        raise InputError(f"--out {out}: the folder is not empty; name a new one")
+    named = arguments.keys.split(",") if arguments.keys is not None else None
+    keys = list(dict.fromkeys(key for key in named if key)) if named is not None else None
+    result, display = _on_checkpoint("predict", arguments, {"out": out, "keys": keys})
+    display.say(f"wrote {result['rows']:,} predictions to {result['out']}")
+    return print_json(arguments, result)
+
+
+def choose(url: str, last: bool) -> tuple[str, str]:
+    """The checkpoint that `url` names, and which one it is: of a run's folder its best, or its `last`.
+
+    Which is best, the result of a finished run says where the job has run.evaluate; else it is the last too.
+    """
+    url = storage.make_absolute(url, ".")
+    chosen = find(url)
+    if storage.parent(chosen) != storage.join(url, CHECKPOINTS):
+        return chosen, "as named"
+    best = None if last else _best_of(url)
+    # By its name, as the run's folder may have been moved or copied since.
+    return (storage.join(url, CHECKPOINTS, best), "the run's best") if best else (chosen, "the run's latest")
+
+
+def _best_of(run: str) -> str | None:
+    """Name of the checkpoint that the run's result says is best."""
+    try:
+        result = json.loads(storage.read(storage.join(run, RESULT)))
+    except (FileNotFoundError, ValueError):
+        return None
+    best = result.get("best") if isinstance(result, dict) else None
+    return storage.name(str(best["checkpoint"])) if best else None
+
+
+def _on_checkpoint(
+    action: str, arguments: argparse.Namespace, payload: dict[str, Any]
+) -> tuple[dict[str, Any], Display]:
+    """Run `action` on the checkpoint that the arguments name, on as many workers as they say."""
+    require_stack(arguments.device)
+    if arguments.workers is not None and not 0 <= arguments.workers <= MAX_WORKERS:
+        raise InputError(f"--workers {arguments.workers}: allowed are 0 to {MAX_WORKERS}")
+    if arguments.batch_size is not None and arguments.batch_size < 1:
+        raise InputError(f"--batch-size {arguments.batch_size}: at least 1")
+    if arguments.address and not arguments.workers:
+        raise InputError(f"--address {arguments.address}: needs --workers of at least 1")
+    check_address(arguments.address)
+    checkpoint, which = choose(arguments.checkpoint, arguments.last)
+    job, task = open_checkpoint(checkpoint, arguments.data, arguments.device, arguments.batch_size, payload)
+    run = job.run.model_copy(update={"workers": arguments.workers or 0})
+    display = Display(arguments.quiet)
+    display.say(f"checkpoint {checkpoint} ({which})")
+    try:
+        result = launch(
+            action,
+            task,
+            run,
+            name=f"{action}-{os.getpid()}",
+            address=arguments.address,
+            show=display.handle,
+            stop=StopRequest(),
+            alive=lambda: None,
+        )
+    finally:
+        display.close()
+    return result, display
+
+
+def inspect(arguments: argparse.Namespace) -> int:
+    """Show what a checkpoint holds."""
+    display = Display()
+    try:
+        found = inspect_checkpoint(find(arguments.checkpoint), verify=arguments.verify, show=display.handle)
+    finally:
+        display.close()
+    if arguments.json:
+        return print_json(arguments, found)
+    print_text(render(found))
+    return DONE
