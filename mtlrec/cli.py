@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     synth.set_defaults(command=_synth)
 
     prepare = commands.add_parser("prepare", help="turn a public data set into Parquet and a job")
-    prepare.add_argument("dataset", metavar="NAME", help="census")
+    prepare.add_argument("dataset", metavar="NAME", help="census, epinions or xmarket")
     prepare.add_argument("source", metavar="SRC", help="folder with the files as they are published")
     prepare.add_argument("out", metavar="OUT", help="new folder: train/, valid/, test/, job.yaml")
     prepare.add_argument("--force", action="store_true", help="replace what OUT holds of an earlier prepare")

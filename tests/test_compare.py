@@ -22,6 +22,7 @@ from mtlrec.compare import cells as cells_module
 from mtlrec.compare.cells import Outcome, Setting, run_cells
 from mtlrec.compare.grid import Grid, Variation, parse_seeds, product, read_grid, split_values
 from mtlrec.compare.table import columns, comparison, markdown, mean_and_deviation
+from mtlrec.data.prepare.catalog import PREPARERS
 from mtlrec.job.errors import InputError
 from tests.small_data import small_job, write_small_data
 
@@ -460,3 +461,11 @@ def test_data_of_the_comparison_is_opened_first(
     found = json.loads(capsys.readouterr().out)
     assert found["data"] == str(tmp_path / "held")
     assert found["variations"][0]["mean"]["all"]["click"]["auc"] == 0.25
+
+
+def test_help_names_what_can_be_prepared(capsys: pytest.CaptureFixture[str]) -> None:
+    """Written out there, as importing the catalogue would slow every command."""
+    with pytest.raises(SystemExit):
+        main(["prepare", "--help"])
+    text = capsys.readouterr().out
+    assert all(name in text for name in PREPARERS)
