@@ -17,6 +17,7 @@ from mtlrec.checkpoint.manifest import (
     Manifest,
     TableEntry,
     TensorEntry,
+    VocabularyEntry,
     read_manifest,
 )
 from mtlrec.checkpoint.ranges import verify as verify_bytes
@@ -50,6 +51,7 @@ def inspect_checkpoint(url: str, verify: bool = False, show: Show | None = None)
         "format_version": VERSION,
         "schema_fingerprint": meta["schema_fingerprint"],
         "tables": [_table(name, table) for name, table in manifest.tables.items()],
+        "vocabularies": [_vocabulary(name, entry) for name, entry in manifest.vocabularies.items()],
         "dense": [_dense(name, entry) for name, entry in manifest.dense.tensors.items()],
         "files": len(manifest.files()) + 1,
         "bytes": storage.size(storage.join(url, MANIFEST)) + sum(file.size for file in manifest.files()),
@@ -97,6 +99,7 @@ def render(found: dict[str, Any]) -> str:
             "lrrllrr",
         ),
         "",
+        *_vocabulary_lines(found["vocabularies"]),
         *_dense_lines(found["dense"]),
         "",
         *_metric_lines(found["metrics"]),
@@ -145,6 +148,27 @@ def _table(name: str, table: TableEntry) -> dict[str, Any]:
         "bytes": _bytes(table.blocks),
         "files": len(table.blocks),
     }
+
+
+def _vocabulary(name: str, entry: VocabularyEntry) -> dict[str, Any]:
+    return {
+        "table": name,
+        "kind": entry.kind,
+        "ids": entry.ids,
+        "reserved": entry.reserved,
+        "bytes": entry.size,
+    }
+
+
+def _vocabulary_lines(vocabularies: list[dict[str, Any]]) -> list[str]:
+    """A table of them and an empty line, or nothing."""
+    if not vocabularies:
+        return []
+    rows = [
+        [each["table"], f"{each['ids']:,}", each["kind"], f"{each['reserved']:,}", _size(each["bytes"])]
+        for each in vocabularies
+    ]
+    return [*_columns([["vocabulary", "ids", "kind", "reserved rows", "on disk"], *rows], "lrlrr"), ""]
 
 
 def _bytes(files: Sequence[FileEntry]) -> int:

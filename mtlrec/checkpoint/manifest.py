@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mtlrec import storage
 from mtlrec.checkpoint.folder import MANIFEST, advice, no_checkpoint
 from mtlrec.checkpoint.layout import ITEM_BYTES, MAX_HEADER_BYTES, num_bytes
+from mtlrec.data.vocabulary import Kind
 from mtlrec.job.errors import InputError
 from mtlrec.schema import Table
 
@@ -100,6 +101,16 @@ class TableEntry(_Section):
     """Sorted by first row, then by first column."""
 
 
+class VocabularyEntry(FileEntry):
+    """Which ids the rows of a table are: the file has the arrays of `mtlrec.data.vocabulary.Vocabulary`."""
+
+    kind: Kind
+    ids: Count
+    """Ids with a row of their own, behind the reserved rows."""
+    reserved: Count
+    """Rows for unknown ids."""
+
+
 class _MetaTable(_Section):
     name: str
     rows: Count
@@ -131,10 +142,13 @@ class Manifest(_Section):
     """job, schema, schema_fingerprint, data, step, position, metrics, attempt, saved_at, mtlrec_version."""
     tables: dict[str, TableEntry]
     dense: FileEntry
+    vocabularies: dict[str, VocabularyEntry] = Field(default_factory=dict)
+    """By table; those of other tables are no vocabularies."""
 
     def files(self) -> list[FileEntry]:
         """Every file beside the manifest."""
-        return [self.dense, *(block for table in self.tables.values() for block in table.blocks)]
+        blocks = (block for table in self.tables.values() for block in table.blocks)
+        return [self.dense, *self.vocabularies.values(), *blocks]
 
 
 def checksum(data: bytes | memoryview) -> str:
@@ -192,6 +206,8 @@ def find_problem(manifest: Manifest) -> str | None:
         _check_entry("dense", manifest.dense)
         for name, table in manifest.tables.items():
             _check_table(f"tables.{name}", table)
+        for name, vocabulary in manifest.vocabularies.items():
+            _check_vocabulary(f"vocabularies.{name}", vocabulary, manifest.tables.get(name))
         names = Counter(entry.file for entry in manifest.files())
         twice = next((file for file, count in names.items() if count > 1), None)
         if twice is not None:
@@ -332,6 +348,24 @@ def _is_row_state(where: str, block: Block, name: str) -> bool:
         return True
     size = f"{block.rows:,} rows and {block.columns} columns"
     _fail(f"{where}.tensors.{name}", f"shape {shape} in a block of {size}")
+
+
+def _check_vocabulary(where: str, entry: VocabularyEntry, table: TableEntry | None) -> None:
+    _check_entry(where, entry)
+    if table is None:
+        _fail(where, "there is no such table")
+    if entry.reserved < 1 or entry.reserved + entry.ids > table.rows:
+        _fail(
+            where, f"{entry.reserved:,} reserved rows and {entry.ids:,} ids in a table of {table.rows:,} rows"
+        )
+    found = {name: (tensor.dtype, tensor.shape) for name, tensor in entry.tensors.items()}
+    wanted = {name: ("I64", [entry.ids]) for name in ("hashes", "counts", "ids")}
+    if entry.kind in ("string", "binary"):
+        texts = entry.tensors.get("ids")
+        wanted["ids"] = ("U8", texts.shape[:1] if texts is not None else [])
+        wanted["offsets"] = ("I64", [entry.ids + 1])
+    if found != wanted:
+        _fail(f"{where}.tensors", f"they are not those of {entry.ids:,} ids of kind {entry.kind}")
 
 
 def _check_entry(where: str, entry: FileEntry) -> None:

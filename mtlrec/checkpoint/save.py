@@ -25,6 +25,7 @@ from mtlrec.checkpoint.manifest import (
     Manifest,
     TableEntry,
     TensorEntry,
+    VocabularyEntry,
     checksum,
     encode,
     find_missing,
@@ -33,7 +34,8 @@ from mtlrec.checkpoint.manifest import (
     read_manifest,
 )
 from mtlrec.checkpoint.ranges import in_threads
-from mtlrec.checkpoint.tensors import TableBlock, dtype_name, tensors_of, to_bytes
+from mtlrec.checkpoint.tensors import TableBlock, Values, dtype_name, tensors_of, to_bytes
+from mtlrec.data.vocabulary import Vocabulary
 from mtlrec.distributed import World, all_ok
 from mtlrec.job.errors import InputError
 from mtlrec.storage import StorageError
@@ -58,6 +60,7 @@ class Part(BaseModel):
     rank: int
     tables: dict[str, list[Block]]
     dense: FileEntry | None
+    vocabularies: dict[str, VocabularyEntry]
 
 
 class _Piece(NamedTuple):
@@ -74,18 +77,21 @@ def save(
     dense: Mapping[str, torch.Tensor],
     meta: Mapping[str, Any],
     world: World,
+    vocabularies: Mapping[str, Vocabulary] | None = None,
 ) -> Manifest | None:
     """Write the checkpoint folder `url`, which must be new. A collective; returns the manifest on rank 0.
 
     blocks: what this rank holds of the tables; replicated ones are written by rank 0. dense: every other
     tensor, parameters and optimizer state, the same on all ranks. meta: as `Manifest.meta`; `saved_at` and
-    `mtlrec_version` are set here. Where any rank fails, every rank raises (InputError for what the user can
-    put right, else StorageError, or the failing rank's own exception), and there is no manifest.
+    `mtlrec_version` are set here. vocabularies: those of tables, by name, the same on all ranks. Where any
+    rank fails, every rank raises (InputError for what the user can put right, else StorageError, or the
+    failing rank's own exception), and there is no manifest.
     """
     described = {**meta, "saved_at": _now(), "mtlrec_version": _version()}
+    our_dense, our_vocabularies = (dense, vocabularies) if world.rank == 0 else (None, None)
     _together(world, lambda: _check_new(url) if world.rank == 0 else None)
     try:
-        _together(world, lambda: write_part(url, blocks, dense if world.rank == 0 else None, world.rank))
+        _together(world, lambda: write_part(url, blocks, our_dense, world.rank, our_vocabularies))
         return _together(world, lambda: merge(url, described, world.world_size) if world.rank == 0 else None)
     except (InputError, StorageError):
         # Every rank has come to the same end, so nobody writes here any more: make room at once.
@@ -104,7 +110,11 @@ def finish(url: str, metrics: Mapping[str, Any]) -> Manifest:
 
 
 def write_part(
-    url: str, blocks: Iterable[TableBlock], dense: Mapping[str, torch.Tensor] | None, rank: int
+    url: str,
+    blocks: Iterable[TableBlock],
+    dense: Mapping[str, torch.Tensor] | None,
+    rank: int,
+    vocabularies: Mapping[str, Vocabulary] | None = None,
 ) -> Part:
     """Write this rank's files, and their list to `parts/`. No collective: it may run in any thread."""
     pieces = [piece for block in blocks if rank == 0 or not block.replicated for piece in _cut(block)]
@@ -112,7 +122,12 @@ def write_part(
     written = in_threads(lambda piece: _write_piece(url, piece), pieces, THREADS)
     for piece, entry in zip(pieces, written, strict=True):
         tables.setdefault(piece.block.table, []).append(entry)
-    part = Part(rank=rank, tables=tables, dense=_write_dense(url, dense) if dense is not None else None)
+    part = Part(
+        rank=rank,
+        tables=tables,
+        dense=_write_file(url, DENSE_FILE, dense, {}) if dense is not None else None,
+        vocabularies={name: _write_vocabulary(url, name, v) for name, v in (vocabularies or {}).items()},
+    )
     storage.write(_part_url(url, rank), part.model_dump_json().encode())
     return part
 
@@ -120,11 +135,13 @@ def write_part(
 def merge(url: str, meta: Mapping[str, Any], world_size: int) -> Manifest:
     """Put the ranks' parts together, make sure that all is there, and write the manifest. One rank calls."""
     tables: dict[str, list[Block]] = {}
+    vocabularies: dict[str, VocabularyEntry] = {}
     dense = None
     part_urls = [_part_url(url, rank) for rank in range(world_size)]
     for text in in_threads(storage.read, part_urls, THREADS):
         part = Part.model_validate_json(text)
         dense = part.dense or dense
+        vocabularies.update(part.vocabularies)
         for name, blocks in part.tables.items():
             tables.setdefault(name, []).extend(blocks)
     assert dense is not None, "rank 0 writes the dense tensors"
@@ -133,6 +150,7 @@ def merge(url: str, meta: Mapping[str, Any], world_size: int) -> Manifest:
         meta=_plain(meta),
         tables={name: _table(blocks) for name, blocks in sorted(tables.items())},
         dense=dense,
+        vocabularies=vocabularies,
     )
     problem = find_problem(manifest)
     assert problem is None, problem
@@ -174,13 +192,14 @@ def _write_piece(url: str, piece: _Piece) -> Block:
     return Block(row=row, rows=end - begin, column=block.column, columns=block.columns, **dict(entry))
 
 
-def _write_dense(url: str, dense: Mapping[str, torch.Tensor]) -> FileEntry:
-    return _write_file(url, DENSE_FILE, dense, {})
+def _write_vocabulary(url: str, table: str, vocabulary: Vocabulary) -> VocabularyEntry:
+    kind, reserved = vocabulary.kind, vocabulary.reserved
+    about = {"table": table, "kind": kind, "reserved": str(reserved)}
+    entry = _write_file(url, f"vocabularies/{table}.safetensors", vocabulary.to_arrays(), about)
+    return VocabularyEntry(kind=kind, ids=len(vocabulary), reserved=reserved, **dict(entry))
 
 
-def _write_file(
-    url: str, file: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
-) -> FileEntry:
+def _write_file(url: str, file: str, tensors: Mapping[str, Values], metadata: Mapping[str, str]) -> FileEntry:
     head, slots = layout.arrange(
         {name: (dtype_name(value), tuple(value.shape)) for name, value in tensors.items()}, metadata
     )

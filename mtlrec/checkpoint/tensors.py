@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from mtlrec.checkpoint.manifest import STATE, WEIGHTS
@@ -23,6 +25,10 @@ _NAMES = {
     torch.float64: "F64",
 }
 _TYPES = {name: dtype for dtype, name in _NAMES.items()}
+_NUMPY_NAMES = {np.dtype(np.uint8): "U8", np.dtype(np.int64): "I64"}
+
+Values = torch.Tensor | npt.NDArray[Any]
+"""What is written: tensors, and the arrays of vocabularies."""
 
 assert sys.byteorder == "little", "the format is little-endian, and bytes are taken as they lie in memory"
 
@@ -56,13 +62,15 @@ def tensors_of(block: TableBlock) -> dict[str, torch.Tensor]:
     return {WEIGHTS: block.weights, **{STATE + name: value for name, value in block.state.items()}}
 
 
-def dtype_name(tensor: torch.Tensor) -> str:
-    return _NAMES[tensor.dtype]
+def dtype_name(values: Values) -> str:
+    return _NUMPY_NAMES[values.dtype] if isinstance(values, np.ndarray) else _NAMES[values.dtype]
 
 
-def to_bytes(tensor: torch.Tensor) -> memoryview:
-    """The elements, row-major: of a contiguous tensor on the CPU its own memory, else a copy of it."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+def to_bytes(values: Values) -> memoryview:
+    """The elements, row-major: of what is contiguous and on the CPU its own memory, else a copy of it."""
+    if isinstance(values, np.ndarray):
+        return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+    flat = values.detach().cpu().contiguous().reshape(-1)
     # Not every element type of torch is one of numpy, but bytes are.
     return flat.view(torch.uint8).numpy().data
 

@@ -11,6 +11,7 @@ import torch
 
 from mtlrec.checkpoint.manifest import Manifest
 from mtlrec.checkpoint.save import merge, write_part
+from mtlrec.data.vocabulary import Vocabulary
 from mtlrec.distributed import World
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
@@ -107,11 +108,14 @@ def save_ranks(
     ranks: Sequence[Sequence[FakeBlock]],
     tables: Sequence[FakeTable],
     dense: dict[str, torch.Tensor] | None = None,
+    vocabularies: dict[str, Vocabulary] | None = None,
     **changes: Any,
 ) -> Manifest:
     """Save as so many ranks would, one after the other in this process."""
     for rank, blocks in enumerate(ranks):
-        write_part(url, blocks, (dense or {}) if rank == 0 else None, rank)
+        write_part(
+            url, blocks, (dense or {}) if rank == 0 else None, rank, vocabularies if rank == 0 else None
+        )
     meta = {**meta_of(tables, **changes), "saved_at": "2024-05-06T07:08:09+00:00", "mtlrec_version": "0.1.0"}
     return merge(url, meta, len(ranks))
 

@@ -55,7 +55,9 @@ def test_names_in_a_checkpoint_are_these(tmp_path: Path) -> None:
     digest = xxhash.xxh3_64_hexdigest(rest)
     assert first.decode() == f'{{"format": "mtlrec checkpoint", "version": 1, "checksum": "{digest}",'
     body = json.loads(text)
-    assert list(body) == ["format", "version", "checksum", "chunk_rows", "meta", "tables", "dense"]
+    assert list(body) == [
+        "format", "version", "checksum", "chunk_rows", "meta", "tables", "dense", "vocabularies",
+    ]  # fmt: skip
     assert body["chunk_rows"] == 4096
     assert sorted(body["meta"]) == [
         "attempt", "data", "job", "metrics", "mtlrec_version", "position", "saved_at", "schema",
