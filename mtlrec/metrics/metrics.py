@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mtlrec.metrics.groups import DEFAULT_CAP as DEFAULT_GROUP_CAP
+from mtlrec.metrics.groups import NEGATIVE, NO_LABEL, POSITIVE, Groups
+from mtlrec.metrics.ranking import DEFAULT_K, Ranked
 from mtlrec.metrics.sketch import DEFAULT_CAP, ScoreSketch
 
 ALL = "all"
@@ -25,31 +28,52 @@ _SKETCH_BUDGET = 2**22
 _ROWS, _POSITIVES, _NOT_FINITE = range(3)
 _FIRST, _SECOND = range(2)
 """Sums of a binary task: log loss and predicted probability; of a regression: squared and absolute error."""
+_GROUP_ARRAYS = ("<u8", "<i4", "<u8", "<f4", "u1")
+_NO_POSITIVE = "no user has a positive row"
+_KINDS = ("binary", "regression", "pairwise")
 
 
 class Metrics:
-    """AUC, log loss and calibration of binary tasks, RMSE and MAE of regressions.
+    """AUC, log loss and calibration of binary tasks, AUC of pairwise ones, RMSE and MAE of regressions.
 
-    Rows and the area under the ROC curve do not depend on the order of the rows or of the merges, sums of
-    losses only in their last bits (float64). Memory is bounded whatever the number of rows (`ScoreSketch`).
+    With `grouped`, for binary and pairwise tasks also what their ranking within the rows of each user and
+    scenario is worth: GAUC, nDCG@k, recall@k, hit@k, MRR (`Ranked.summary`).
+
+    Rows, the area under the ROC curve and the ranking metrics do not depend on the order of the rows or of
+    the merges, sums of losses only in their last bits (float64). Memory is bounded whatever the number of
+    rows (`ScoreSketch`, `Groups`).
     """
 
     def __init__(
-        self, scenarios: Sequence[str], tasks: Sequence[tuple[str, str]], cap: int | None = None
+        self,
+        scenarios: Sequence[str],
+        tasks: Sequence[tuple[str, str]],
+        cap: int | None = None,
+        grouped: bool = False,
+        k: int = DEFAULT_K,
+        group_cap: int = DEFAULT_GROUP_CAP,
     ) -> None:
-        """`scenarios`: names by index; ["all"] alone: no scenarios. `tasks`: (name, "binary" | "regression").
+        """`scenarios`: names by index; ["all"] alone: no scenarios.
+
+        `tasks`: (name, "binary" | "regression" | "pairwise").
 
         `cap`: distinct scores that each scenario and task holds exactly; None: 2**18, or fewer (never below
         2**12) where the number of scenarios times tasks would take more than about 80 MB.
+
+        `grouped`: rows come with their users. `k`: places that nDCG@k, recall@k and hit@k look at.
+        `group_cap`: outputs (rows times tasks that are ranked) up to which the ranking metrics are exact;
+        beyond, they are those of a sample of the groups. 2**24 take about 400 MB.
         """
         self.scenarios, self.tasks = tuple(scenarios), tuple((name, kind) for name, kind in tasks)
-        unknown = [kind for _, kind in self.tasks if kind not in ("binary", "regression")]
-        if not self.scenarios or not self.tasks or unknown:
-            raise ValueError(f"metrics need scenarios, and binary or regression tasks, not {unknown}")
+        unknown = [kind for _, kind in self.tasks if kind not in _KINDS]
+        if not self.scenarios or not self.tasks or unknown or k < 1:
+            raise ValueError(f"metrics need scenarios, k of at least 1, and tasks of {_KINDS}, not {unknown}")
         if cap is None:
             per_sketch = _SKETCH_BUDGET // (len(self.scenarios) * len(self.tasks))
             cap = min(DEFAULT_CAP, max(2**12, per_sketch))
-        self.cap = cap
+        self.cap, self.k = cap, k
+        self._ranked = [t for t, (_, kind) in enumerate(self.tasks) if grouped and kind != "regression"]
+        self._groups = Groups(len(self._ranked), group_cap) if self._ranked else None
         shape = (len(self.scenarios), len(self.tasks))
         self._counts = np.zeros((*shape, 3), np.int64)
         self._sums = np.zeros((*shape, 2), np.float64)
@@ -58,6 +82,7 @@ class Metrics:
         self._outputs, self._labels = np.zeros((2, shape[1], _BUFFER_ROWS), np.float32)
         self._valid = np.zeros((shape[1], _BUFFER_ROWS), bool)
         self._scenario = np.zeros(_BUFFER_ROWS, np.int32)
+        self._users, self._ties = np.zeros((2, _BUFFER_ROWS if self._ranked else 0), np.uint64)
 
     def update(
         self,
@@ -66,11 +91,15 @@ class Metrics:
         valid: NDArray[np.bool_],
         scenario: NDArray[np.int64],
         num_rows: int | None = None,
+        users: NDArray[np.uint64] | None = None,
+        ties: NDArray[np.uint64] | None = None,
     ) -> None:
         """Add a batch; rows from `num_rows` on are padding.
 
-        `outputs` [B, T]: logits of binary tasks, values of regressions. `labels` [B, T]: 0 or 1, or a value.
-        `valid` [B, T]: the row has a label for the task. `scenario` [B]: index into the scenarios.
+        `outputs` [B, T]: logits of binary tasks, scores of pairwise ones, values of regressions. `labels`
+        [B, T]: 0 or 1, or a value. `valid` [B, T]: the row has a label for the task. `scenario` [B]: index
+        into the scenarios. With `grouped`: `users` [B], a hash of each row's user, NO_GROUP where it has
+        none, and `ties` [B], a hash of its number in the data set, by which rows of one score are ranked.
         """
         rows = len(outputs) if num_rows is None else num_rows
         assert outputs.shape == labels.shape == valid.shape == (len(scenario), len(self.tasks))
@@ -82,36 +111,51 @@ class Metrics:
             self._labels[:, into] = labels[begin:end].T
             self._valid[:, into] = valid[begin:end].T
             self._scenario[into] = scenario[begin:end]
+            if self._ranked:
+                assert users is not None and ties is not None, "grouped metrics need users and ties"
+                self._users[into], self._ties[into] = users[begin:end], ties[begin:end]
             self._buffered += end - begin
             begin = end
             if self._buffered == _BUFFER_ROWS:
                 self._flush()
 
     def merge(self, other: Metrics) -> None:
-        """Add what `other` has seen. ValueError if it is of other scenarios, tasks or cap."""
-        if (self.scenarios, self.tasks, self.cap) != (other.scenarios, other.tasks, other.cap):
-            raise ValueError("metrics of different scenarios, tasks or caps cannot be merged")
+        """Add what `other` has seen. ValueError if it was made with other arguments."""
+        if self._made_with() != other._made_with():
+            raise ValueError("metrics of different scenarios, tasks, caps or k cannot be merged")
         self._flush()
         other._flush()
         self._counts += other._counts
         self._sums += other._sums
         for place, sketch in other._sketches.items():
             self._sketch(place).merge(sketch)
+        if self._groups is not None and other._groups is not None:
+            self._groups.merge(other._groups)
+
+    def _made_with(self) -> tuple[object, ...]:
+        grouped = (self.k, self._groups.cap) if self._groups is not None else None
+        return self.scenarios, self.tasks, self.cap, grouped
 
     def to_bytes(self) -> bytes:
         """Everything seen so far, for another process: a JSON header and raw little-endian arrays."""
         self._flush()
         held = [(place, self._sketches[place].arrays()) for place in sorted(self._sketches)]
-        header = {
+        header: dict[str, Any] = {
             "scenarios": self.scenarios,
             "tasks": self.tasks,
             "cap": self.cap,
             "sketches": [[*place, shift, len(keys)] for place, (shift, keys, _, _) in held],
         }
+        if self._groups is not None:
+            rows = self._groups.arrays()
+            header["groups"] = [self.k, self._groups.cap, self._groups.shift, len(rows[0])]
         text = json.dumps(header).encode()
-        arrays = [self._counts.astype("<i8"), self._sums.astype("<f8")]
+        arrays: list[NDArray[Any]] = [self._counts.astype("<i8"), self._sums.astype("<f8")]
         for _, (_, keys, positives, negatives) in held:
             arrays += [keys.astype("<u4"), positives.astype("<i8"), negatives.astype("<i8")]
+        if self._groups is not None:
+            for array, array_kind in zip(rows, _GROUP_ARRAYS, strict=True):
+                arrays.append(np.asarray(array, array_kind))
         parts = [_MAGIC, struct.pack("<Q", len(text)), text, *(array.tobytes() for array in arrays)]
         return b"".join(parts)
 
@@ -126,7 +170,9 @@ class Metrics:
             raise ValueError("these metrics are cut short")
         header = json.loads(data[start : start + length])
         raw = _Raw(data, start + length)
-        metrics = cls(header["scenarios"], [(name, kind) for name, kind in header["tasks"]], header["cap"])
+        tasks = [(name, kind) for name, kind in header["tasks"]]
+        k, group_cap, group_shift, rows = header.get("groups", (DEFAULT_K, DEFAULT_GROUP_CAP, 0, 0))
+        metrics = cls(header["scenarios"], tasks, header["cap"], "groups" in header, k, group_cap)
         metrics._counts = raw.take("<i8", metrics._counts.size).reshape(metrics._counts.shape)
         metrics._sums = raw.take("<f8", metrics._sums.size).reshape(metrics._sums.shape)
         for scenario, task, shift, num_keys in header["sketches"]:
@@ -134,6 +180,14 @@ class Metrics:
             positives, negatives = raw.take("<i8", num_keys), raw.take("<i8", num_keys)
             sketch = ScoreSketch.from_arrays(metrics.cap, shift, keys, positives, negatives)
             metrics._sketches[scenario, task] = sketch
+        if metrics._groups is not None:
+            num_ranked = len(metrics._ranked)
+            groups, scenarios, ties = (raw.take(kind, rows) for kind in _GROUP_ARRAYS[:3])
+            scores, labels = (
+                raw.take(kind, num_ranked * rows).reshape(num_ranked, rows) for kind in _GROUP_ARRAYS[3:]
+            )
+            state = (groups, scenarios, ties, scores, labels)
+            metrics._groups = Groups.from_arrays(group_cap, group_shift, state)
         raw.check_end()
         return metrics
 
@@ -141,17 +195,24 @@ class Metrics:
         """{"all": {task: {metric: value}}, scenario: {task: ...}}, plain JSON.
 
         Binary: auc, logloss (mean, nats), calibration (sum of predicted probabilities / positive rows), rows,
-        positives. Regression: rmse, mae, rows, and positives null. An undefined metric is null, and "reasons"
-        beside it says why. Without scenarios there is "all" alone.
+        positives. Pairwise: auc, rows, positives. Both, with `grouped`: gauc, ndcg@k, recall@k, hit@k, mrr,
+        and `groups`, the number of groups with a positive; a group is the rows of one user in one scenario,
+        in "all" too. `sampled` is true where there were too many rows to hold them all. Regression: rmse,
+        mae, rows, and positives null. An undefined metric is null, and "reasons" beside it says why. Without
+        scenarios there is "all" alone.
         """
         self._flush()
-        result = {ALL: self._describe(range(len(self.scenarios)))}
+        groups, places = self._groups, range(len(self.scenarios))
+        ranked = {t: groups.ranked(i, self.k) for i, t in enumerate(self._ranked)} if groups else {}
+        result = {ALL: self._describe(places, ranked)}
         if self.scenarios != (ALL,):
-            result |= {name: self._describe([s]) for s, name in enumerate(self.scenarios)}
+            result |= {name: self._describe([s], ranked) for s, name in enumerate(self.scenarios)}
         return result
 
-    def _describe(self, scenarios: Sequence[int]) -> dict[str, dict[str, Any]]:
-        """The tasks' metrics over the rows of `scenarios`."""
+    def _describe(
+        self, scenarios: Sequence[int], ranked: dict[int, tuple[Ranked, NDArray[np.int32]]]
+    ) -> dict[str, dict[str, Any]]:
+        """The tasks' metrics over the rows of `scenarios`, which are neighbours."""
         described: dict[str, dict[str, Any]] = {}
         for t, (name, kind) in enumerate(self.tasks):
             rows, positives, not_finite = (int(self._counts[scenarios, t, i].sum()) for i in range(3))
@@ -161,22 +222,36 @@ class Metrics:
                 reason = "no row has a label"
             elif not_finite:
                 reason = f"{not_finite} of {rows} predictions are not finite"
-            values: dict[str, float | None] = {}
+            values: dict[str, Any] = {}
+            counts: dict[str, Any] = {"rows": rows, "positives": None if kind == "regression" else positives}
             reasons: dict[str, str] = {}
-            if kind == "binary":
-                values["auc"] = None if reason else self._auc(scenarios, t)
-                values["logloss"] = None if reason else first / rows
-                values["calibration"] = None if reason or not positives else second / positives
-                if not reason and positives in (0, rows):
-                    reasons["auc"] = f"every label is {int(positives > 0)}"
-                if not reason and not positives:
-                    reasons["calibration"] = "every label is 0"
-            else:
+            if kind == "regression":
                 values["rmse"] = None if reason else (first / rows) ** 0.5
                 values["mae"] = None if reason else second / rows
+            else:
+                values["auc"] = None if reason else self._auc(scenarios, t)
+                if positives in (0, rows):
+                    reasons["auc"] = f"every label is {int(positives > 0)}"
+            if kind == "binary":
+                values["logloss"] = None if reason else first / rows
+                values["calibration"] = None if reason or not positives else second / positives
+                if not positives:
+                    reasons["calibration"] = "every label is 0"
+            if t in ranked:
+                groups, scenario = ranked[t]
+                begin, end = np.searchsorted(scenario, (scenarios[0], scenarios[-1] + 1))
+                ranking = groups.take(slice(begin, end)).summary(self.k)
+                counts["groups"] = ranking.pop("groups")
+                if self._groups is not None and self._groups.shift:
+                    counts["sampled"] = True
+                values |= dict.fromkeys(ranking) if reason else ranking
+                if ranking["gauc"] is None:
+                    reasons["gauc"] = "no user has both labels"
+                if not counts["groups"]:
+                    reasons |= dict.fromkeys([name for name in ranking if name != "gauc"], _NO_POSITIVE)
             if reason:
                 reasons = dict.fromkeys(values, reason)
-            described[name] = {**values, "rows": rows, "positives": positives if kind == "binary" else None}
+            described[name] = {**values, **counts}
             if reasons:
                 described[name]["reasons"] = reasons
         return described
@@ -197,11 +272,19 @@ class Metrics:
         if rows == 0:
             return
         scenario = self._scenario[:rows]
+        if self._groups is not None:
+            valid, labels = self._valid[self._ranked, :rows], self._labels[self._ranked, :rows]
+            states = np.where(valid, np.where(labels > 0.5, POSITIVE, NEGATIVE), NO_LABEL)
+            scores = self._outputs[self._ranked, :rows]
+            users, ties = self._users[:rows], self._ties[:rows]
+            self._groups.update(users, scenario, scores, states.astype(np.uint8), ties)
         order = np.argsort(scenario, kind="stable") if len(self.scenarios) > 1 else np.arange(rows)
         for t, (_, kind) in enumerate(self.tasks):
             chosen = order[self._valid[t, order]]
             outputs, labels = self._outputs[t, chosen], self._labels[t, chosen]
-            first, second = (_binary_sums if kind == "binary" else _regression_sums)(outputs, labels)
+            losses = None
+            if kind != "pairwise":
+                losses = (binary_losses if kind == "binary" else regression_errors)(outputs, labels)
             finite = np.isfinite(outputs)
             ends = np.cumsum(np.bincount(scenario[chosen], minlength=len(self.scenarios)))
             begin = 0
@@ -214,9 +297,10 @@ class Metrics:
                 count = self._counts[s, t]
                 count[_ROWS] += len(positive)
                 count[_NOT_FINITE] += len(positive) - np.count_nonzero(finite[part])
-                self._sums[s, t, _FIRST] += first[part].sum()
-                self._sums[s, t, _SECOND] += second[part].sum()
-                if kind == "binary":
+                if losses is not None:
+                    self._sums[s, t, _FIRST] += losses[0][part].sum()
+                    self._sums[s, t, _SECOND] += losses[1][part].sum()
+                if kind != "regression":
                     count[_POSITIVES] += np.count_nonzero(positive)
                     # One value that is not finite leaves the task's metrics undefined: nothing to rank then.
                     if not count[_NOT_FINITE]:
@@ -243,7 +327,7 @@ class _Raw:
             raise ValueError("these metrics are followed by something else")
 
 
-def _binary_sums(
+def binary_losses(
     logits: NDArray[np.float32], labels: NDArray[np.float32]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Each row's log loss and predicted probability. A logit that is not finite gives whatever it gives."""
@@ -254,7 +338,7 @@ def _binary_sums(
         return losses, np.where(z >= 0, 1, small) / (1 + small)
 
 
-def _regression_sums(
+def regression_errors(
     values: NDArray[np.float32], labels: NDArray[np.float32]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Each row's squared and absolute error."""

@@ -1,0 +1,149 @@
+"""Rows kept by group, from which ranking metrics per user are read: mergeable, in bounded memory.
+
+R rows, T tasks that are ranked, G groups: the users of each scenario.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mtlrec.metrics.ranking import Ranked, rank_groups
+
+DEFAULT_CAP = 2**24
+"""Outputs, rows x T, that are held at most (5 bytes each, and 20 a row)."""
+NO_GROUP = np.uint64(0)
+"""The hash of a row that belongs to no user: it is in no group."""
+NO_LABEL, NEGATIVE, POSITIVE = range(3)
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+class Groups:
+    """Every row of every group, or, beyond `cap`, every row of some groups.
+
+    Which groups are kept follows from the set of rows alone: those whose hash has `shift` leading zero bits,
+    the fewest that keep to the cap. So the state after any sequence of `update` and `merge` is the same for
+    every order and split of the rows, and what is kept is a sample of the groups by chance.
+    """
+
+    def __init__(self, num_tasks: int, cap: int = DEFAULT_CAP) -> None:
+        """`cap`: outputs (rows x `num_tasks`) that are kept at most; all that are merged must agree on it."""
+        if num_tasks < 1 or cap < num_tasks:
+            raise ValueError(f"groups need a task, and room for a row: {num_tasks} tasks, cap {cap}")
+        self.num_tasks, self.cap = num_tasks, cap
+        self._shift = 0
+        self._parts: list[_Rows] = []
+        self._held = 0
+
+    def update(
+        self,
+        users: NDArray[np.uint64],
+        scenario: NDArray[np.int32],
+        scores: NDArray[np.float32],
+        labels: NDArray[np.uint8],
+        ties: NDArray[np.uint64],
+    ) -> None:
+        """Add rows.
+
+        `users` [R]: well mixed hashes; rows of NO_GROUP are left out. `ties` [R]: as of `rank_groups`.
+        `scores` [T, R]; `labels` [T, R]: NO_LABEL, NEGATIVE or POSITIVE. `scenario` [R]: index.
+        """
+        assert scores.shape == labels.shape == (self.num_tasks, len(users))
+        chosen = (users != NO_GROUP) & np.any(labels != NO_LABEL, axis=0)
+        # One user's groups in two scenarios differ, and the groups of two users meet only by chance.
+        groups = users[chosen] ^ (scenario[chosen].astype(np.uint64) * np.uint64(_GOLDEN))
+        self._add((groups, scenario[chosen], ties[chosen], scores[:, chosen], labels[:, chosen]))
+
+    def merge(self, other: Groups) -> None:
+        """Add the rows of `other`, which stays as it is. ValueError where tasks or caps differ."""
+        if (self.num_tasks, self.cap) != (other.num_tasks, other.cap):
+            raise ValueError("groups of different tasks or caps cannot be merged")
+        self._raise_shift(max(self._shift, other._shift))
+        for part in other._parts:
+            self._add(part)
+
+    @property
+    def shift(self) -> int:
+        """The groups kept are one in 2**shift; 0: all are."""
+        return self._shift
+
+    def ranked(self, task: int, k: int) -> tuple[Ranked, NDArray[np.int32]]:
+        """The groups with a label for `task`, ordered by scenario; and the scenario of each [G]."""
+        groups, scenario, ties, scores, labels = self.arrays()
+        labelled = labels[task] != NO_LABEL
+        found = rank_groups(
+            groups[labelled], scores[task, labelled], labels[task, labelled] == POSITIVE, ties[labelled], k
+        )
+        scenario = scenario[labelled][found.some_row]
+        order = np.argsort(scenario, kind="stable")
+        return found.take(order), scenario[order]
+
+    def arrays(self) -> _Rows:
+        """The rows held: groups [R], scenarios [R], ties [R], scores [T, R], labels [T, R], in some order."""
+        if len(self._parts) != 1:
+            self._parts = [_join(self._parts, self.num_tasks)]
+        return self._parts[0]
+
+    @classmethod
+    def from_arrays(cls, cap: int, shift: int, arrays: _Rows) -> Groups:
+        """The inverse of `arrays` and `shift`. ValueError where they cannot be a state."""
+        groups, labels = arrays[0], arrays[4]
+        found = cls(len(labels), cap)
+        if not 0 <= shift <= 64 or labels.size > cap or np.any(labels > POSITIVE):
+            raise ValueError("these arrays are not the state of groups")
+        if not np.all(_kept(groups, shift)):
+            raise ValueError("these arrays are not the state of groups")
+        found._shift, found._parts, found._held = shift, [arrays], len(groups)
+        return found
+
+    def _add(self, part: _Rows) -> None:
+        part = _choose(part, self._shift)
+        if len(part[0]) == 0:
+            return
+        self._parts.append(part)
+        self._held += len(part[0])
+        while self._held * self.num_tasks > self.cap:
+            self._raise_shift(self._shift + 1)
+
+    def _raise_shift(self, shift: int) -> None:
+        if shift > self._shift:
+            self._shift = shift
+            self._parts = [_choose(part, shift) for part in self._parts]
+            self._held = sum(len(part[0]) for part in self._parts)
+
+
+_Rows = tuple[
+    NDArray[np.uint64], NDArray[np.int32], NDArray[np.uint64], NDArray[np.float32], NDArray[np.uint8]
+]
+
+
+def _kept(groups: NDArray[np.uint64], shift: int) -> NDArray[np.bool_]:
+    """Which hashes have `shift` leading zero bits."""
+    return groups >> np.uint64(64 - shift) == 0 if shift else np.ones(len(groups), bool)
+
+
+def _choose(rows: _Rows, shift: int) -> _Rows:
+    kept = _kept(rows[0], shift)
+    if kept.all():
+        return rows
+    groups, scenario, ties, scores, labels = rows
+    return groups[kept], scenario[kept], ties[kept], scores[:, kept], labels[:, kept]
+
+
+def _join(parts: list[_Rows], num_tasks: int) -> _Rows:
+    """The parts one after the other."""
+    empty = (
+        np.zeros(0, np.uint64),
+        np.zeros(0, np.int32),
+        np.zeros(0, np.uint64),
+        np.zeros((num_tasks, 0), np.float32),
+        np.zeros((num_tasks, 0), np.uint8),
+    )
+    groups, scenario, ties, scores, labels = zip(empty, *parts, strict=True)
+    return (
+        np.concatenate(groups),
+        np.concatenate(scenario),
+        np.concatenate(ties),
+        np.concatenate(scores, axis=1),
+        np.concatenate(labels, axis=1),
+    )
