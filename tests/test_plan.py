@@ -115,7 +115,10 @@ def test_tables_beyond_the_memory_are_refused(world: World, monkeypatch: pytest.
 
 def test_plan_table_counts_weights_and_state(world: World) -> None:
     rows = {row["table"]: row for row in sharded(world, run={"sharding": "row_wise"}).plan_table()}
-    assert list(rows) == ["scenario", "user", "item", "tags", "flag", "only", "price"]
+    assert list(rows) == [
+        *("scenario", "user", "item", "tags", "flag", "only", "price", "brand_wide", "brand_narrow")
+    ]
+    assert rows["brand_wide"]["bytes"] == 30 * 12 * 4 + 30 * 4
     assert rows["user"] == {
         "table": "user",
         "kind": "row_wise",

@@ -18,6 +18,13 @@ pytestmark = pytest.mark.distributed
 STEPS = 50
 WORLD_SIZES = (1, 2, 3)
 ADAGRAD = {"tables": {"kind": "adagrad"}}
+PLE = {"kind": "ple", "levels": 2, "task_experts": 1, "hidden": [10, 8], "scenario_gates": True}
+NEUMF = {
+    "kind": "factorization",
+    "factors": ["user", "flag"],
+    "biases": ["brand_narrow"],
+    "hidden": [12, 8],
+}
 CASES: dict[str, dict[str, Any]] = {
     "row_wise": {"run": {"sharding": "row_wise"}},
     "table_wise": {"run": {"sharding": "table_wise"}},
@@ -30,11 +37,22 @@ CASES: dict[str, dict[str, Any]] = {
         "model": {"dim": 8, "backbone": {"kind": "shared_bottom", "hidden": [12]}, "tower": {"hidden": []}},
         "optimizer": {"tables": {"kind": "sgd", "lr": 0.5}},
     },
+    "ple": {"run": {"sharding": "row_wise"}, "model": {"dim": 8, "backbone": PLE}},
+    "factorization": {
+        "run": {
+            "sharding": {"user": "row_wise", "brand_wide": "table_wise", "brand_narrow": "data_parallel"}
+        },
+        "model": {"dim": 8, "backbone": NEUMF},
+    },
+    "dropout": {"model": {"dim": 8, "backbone": PLE, "dropout": 0.3}},
 }
 FAMILIES = {
     "row_wise": ("row_wise", "table_wise", "data_parallel", "auto"),
     "column_wise adagrad": ("column_wise adagrad", "data_parallel adagrad"),
     "mixed sgd": ("mixed sgd",),
+    "ple": ("ple",),
+    "factorization": ("factorization",),
+    "dropout": ("dropout",),
 }
 """Cases that are one training: what they are compared with -> their names."""
 
@@ -102,7 +120,7 @@ def test_starts_from_identical_weights(runs: dict[tuple[str, int], Run], case: s
         assert not np.isnan(values).any()
         np.testing.assert_array_equal(values, other.tables("start")[name], err_msg=name)
         assert values.min() >= -0.05 and values.max() < 0.05
-    same_model = runs["mixed sgd", 1] if case == "mixed sgd" else one
+    same_model = runs[next(first for first, members in FAMILIES.items() if case in members), 1]
     for rank in range(world_size):
         assert same_model.dense("start").keys() == other.dense("start", rank).keys()
         for name, values in same_model.dense("start").items():
@@ -117,7 +135,7 @@ def test_losses_agree(runs: dict[tuple[str, int], Run], case: str, world_size: i
     np.testing.assert_allclose(losses, expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("case", FAMILIES)
+@pytest.mark.parametrize("case", [case for case in FAMILIES if case != "dropout"])
 def test_losses_are_those_of_plain_pytorch(runs: dict[tuple[str, int], Run], case: str) -> None:
     torch.set_num_threads(1)
     job = example_job(**CASES[case])
@@ -156,8 +174,10 @@ def test_every_touched_row_moved_and_no_other(
         moved = (before[table.name] != after[table.name]).any(axis=1)
         assert touched.any()
         assert not (moved & ~touched).any(), table.name
-        # A row seen only where no label was valid has nothing to learn from.
-        assert moved.sum() >= 0.98 * touched.sum(), table.name
+        # A row seen only where no label was valid has nothing to learn from, nor one half of a product whose
+        # other half was never there.
+        half = case == "factorization" and table.name in NEUMF["factors"]
+        assert moved.sum() >= (0.9 if half else 0.98) * touched.sum(), table.name
 
 
 @pytest.mark.parametrize(("case", "world_size"), EVERY)
@@ -191,6 +211,14 @@ def test_plans_are_what_was_asked(runs: dict[tuple[str, int], Run]) -> None:
     assert held == ["start/table/user/1667/0/0"]
     wide = [key for key in runs["column_wise adagrad", 2].ranks[0] if key.startswith("start/table/user/")]
     assert wide in (["start/table/user/0/0/0"], ["start/table/user/0/4/0"])
+
+
+def test_dropout_drops_alike_on_any_number_of_workers(runs: dict[tuple[str, int], Run]) -> None:
+    one = runs["dropout", 1].losses
+    for world_size in WORLD_SIZES[1:]:
+        np.testing.assert_allclose(runs["dropout", world_size].losses[0], one[0], rtol=1e-6)
+    # It does drop: the first loss of the same weights and rows is another.
+    assert (one[0] != runs["ple", 1].losses[0]).all()
 
 
 def test_the_data_has_short_steps_and_masked_labels() -> None:

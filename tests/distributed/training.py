@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -52,11 +53,12 @@ def _train(world: World, job: Job, data: list[tuple[Batch, torch.Tensor]], probe
     results.update(_predict(model, probe, "first"))
     losses = []
     for step, (batch, count) in enumerate(data):
-        loss, sums = objective.loss(model(batch), batch, count, world.world_size)
+        outputs, embeddings = model.outputs_and_embeddings(replace(batch, step=step))
+        loss, sums = objective.loss(outputs, batch, count, world.world_size, embeddings)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step(step)
-        losses.append((all_reduce_sum(sums.detach(), world) / count.clamp(min=1)).numpy())
+        losses.append((all_reduce_sum(sums.detach(), world) / count[:-2].clamp(min=1)).numpy())
     results["losses"] = np.stack(losses)
     results.update({f"end/{key}": value for key, value in _weights(model).items()})
     results.update(_predict(model, probe, "last"))

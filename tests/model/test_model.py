@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -88,6 +89,26 @@ def test_outputs_are_one_float_per_row_and_task() -> None:
     assert outputs.shape == (36, 3)
     assert outputs.dtype == torch.float32
     assert torch.isfinite(outputs).all()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_negatives_are_rows_of_their_own(dropout: float) -> None:
+    job = example_job(model={"dim": 8, "dropout": dropout})
+    schema = example_schema(job)
+    model = with_tables(build_model(job, schema, CPU))
+    whole = cut(global_rows(schema, 96, 1), schema, 0, 1)
+    drawn = replace(
+        whole,
+        labels=whole.labels[:32],
+        valid=whole.valid[:32],
+        rows=whole.rows[:32],
+        negatives=torch.ones(32, 2, dtype=torch.bool),
+    )
+    outputs, embeddings = model.outputs_and_embeddings(drawn)
+    assert outputs.shape == (96, 3) and embeddings.shape == (96, schema.embedding_width)
+    assert torch.equal(outputs, model(whole)) == (dropout == 0.0)
+    model.eval()
+    assert torch.equal(model(drawn), model(whole))
 
 
 def test_names_in_checkpoints_are_pinned() -> None:
