@@ -186,14 +186,20 @@ def test_a_model_without_tables(world: World) -> None:
 
 def test_no_host_sync_in_the_step() -> None:
     """Reading a number back, or picking rows by a mask, makes a GPU wait; neither belongs in the step."""
+    import mtlrec.model.backbones.factorization
     import mtlrec.model.backbones.mmoe
+    import mtlrec.model.backbones.ple
+    import mtlrec.model.dropout
     import mtlrec.model.layers
     import mtlrec.model.model
     import mtlrec.objective.objective
     import mtlrec.optimizers
 
     for module in (
+        mtlrec.model.backbones.factorization,
         mtlrec.model.backbones.mmoe,
+        mtlrec.model.backbones.ple,
+        mtlrec.model.dropout,
         mtlrec.model.layers,
         mtlrec.model.model,
         mtlrec.objective.objective,
