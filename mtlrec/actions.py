@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mtlrec.assembly import restore
 from mtlrec.checkpoint.manifest import read_manifest
+from mtlrec.checkpoint.vocabularies import load_vocabularies
 from mtlrec.control import Control
+from mtlrec.data.vocabulary import Vocabulary
 from mtlrec.distributed import World
-from mtlrec.evaluate import evaluate
+from mtlrec.evaluate import Scores, evaluate, subject_of
+from mtlrec.job.errors import InputError
 from mtlrec.job.job import job_from_dict
 from mtlrec.lockstep import together
+from mtlrec.metrics.bootstrap import REPLICATES
+from mtlrec.metrics.differences import common_tasks, differences
 from mtlrec.predict import predict
 from mtlrec.preflight import Run
 from mtlrec.schema import Schema, build_schema
@@ -32,24 +37,79 @@ def _train(payload: dict[str, Any], world: World, control: Control) -> dict[str,
 
 def _evaluate(payload: dict[str, Any], world: World, control: Control) -> dict[str, Any]:
     """payload: `job`, `checkpoint`, `data`, `batch_size`."""
-    model, schema = _restore(payload, world)
-    metrics, ideal = evaluate(model, schema, payload["data"], payload["batch_size"], world, control)
+    metrics, ideal = _measure(payload, payload, world, control, None)
     return {"checkpoint": payload["checkpoint"], "data": payload["data"], "metrics": metrics, "ideal": ideal}
+
+
+def _against(payload: dict[str, Any], world: World, control: Control) -> dict[str, Any]:
+    """payload: as for `evaluate`, and `against`: {`job`, `checkpoint`}, `replicates`, `seed`.
+
+    Adds to the result of `evaluate`: `against` (the other checkpoint), `against_metrics`, and `differences`
+    by scenario and common task (`metrics.differences`): the first model's metric less the other's.
+    """
+    other = payload["against"]
+    schemas = [_schema(side) for side in (payload, other)]
+    if not common_tasks(*(subject_of(schema) for schema in schemas)):
+        named = [", ".join(task.name for task in schema.tasks) for schema in schemas]
+        raise InputError(
+            f"{other['checkpoint']}: has no task in common with {payload['checkpoint']}, by name, label and "
+            f"kind: {named[1]} against {named[0]}"
+        )
+    measured, gathered = [], []
+    for side, schema in zip((payload, other), schemas, strict=True):
+        scores = Scores(schema)
+        measured.append(_measure(side, payload, world, control, scores))
+        gathered.append(scores.gather(world))
+    replicates, seed = payload.get("replicates", REPLICATES), payload.get("seed", 0)
+    first, second = gathered
+    found = None
+    if first is not None and second is not None:
+        found = differences(first, second, replicates, seed, show=control.show)
+    return {
+        "checkpoint": payload["checkpoint"],
+        "against": other["checkpoint"],
+        "data": payload["data"],
+        "metrics": measured[0][0],
+        "against_metrics": measured[1][0],
+        "ideal": measured[0][1],
+        "differences": found,
+    }
 
 
 def _predict(payload: dict[str, Any], world: World, control: Control) -> dict[str, Any]:
     """payload: `job`, `checkpoint`, `data`, `batch_size`, `out`, `keys`."""
-    model, schema = _restore(payload, world)
+    model, schema, vocabularies = _restore(payload, world)
     source = {"checkpoint": payload["checkpoint"], "data": payload["data"]}
     out, keys = payload["out"], payload["keys"]
-    return predict(model, schema, payload["data"], out, keys, payload["batch_size"], world, control, source)
+    data, batch_size = payload["data"], payload["batch_size"]
+    return predict(model, schema, data, out, keys, batch_size, world, control, source, vocabularies)
 
 
-def _restore(payload: dict[str, Any], world: World) -> tuple[ShardedModel, Schema]:
-    job = job_from_dict(payload["job"], payload["checkpoint"])
+def _measure(
+    side: dict[str, Any], payload: dict[str, Any], world: World, control: Control, keep: Scores | None
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """`evaluate` of the checkpoint in `side` on the data of `payload`. The model is gone afterwards."""
+    model, schema, vocabularies = _restore(side, world)
+    data, batch_size = payload["data"], payload["batch_size"]
+    return evaluate(model, schema, data, batch_size, world, control, vocabularies=vocabularies, keep=keep)
+
+
+def _restore(payload: dict[str, Any], world: World) -> tuple[ShardedModel, Schema, Mapping[str, Vocabulary]]:
+    job, url = job_from_dict(payload["job"], payload["checkpoint"]), payload["checkpoint"]
     schema = build_schema(job.schema_, job.model)
-    manifest = together(world, lambda: read_manifest(payload["checkpoint"]))
-    return restore(job, schema, world, payload["checkpoint"], manifest), schema
+    manifest = together(world, lambda: read_manifest(url))
+    vocabularies = together(world, lambda: load_vocabularies(url, manifest))
+    return restore(job, schema, world, url, manifest), schema, vocabularies
 
 
-ACTIONS: dict[str, Action] = {"train": _train, "evaluate": _evaluate, "predict": _predict}
+def _schema(payload: dict[str, Any]) -> Schema:
+    job = job_from_dict(payload["job"], payload["checkpoint"])
+    return build_schema(job.schema_, job.model)
+
+
+ACTIONS: dict[str, Action] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "against": _against,
+    "predict": _predict,
+}

@@ -14,6 +14,13 @@ from rich.table import Table
 PLAIN_WIDTH = 120
 """Columns of a table that goes to a file or a pipe."""
 _SHORT = {"positives": "pos.", "calibration": "calib."}
+_WORDS = ("scenario", "task", "metric")
+_CLASSES, _RANKS, _VALUES = (
+    ("auc", "gauc", "logloss", "calibration"),
+    ("ndcg", "recall", "hit", "mrr"),
+    ("rmse", "mae"),
+)
+"""What the tables of metrics show, `@k` left out."""
 LINE_EVERY_S = 10.0
 """Without a terminal, progress is a line every so often."""
 
@@ -114,36 +121,71 @@ class Display:
             self.close()
 
     def metrics(self, metrics: dict[str, Any], ideal: dict[str, Any] | None, title: str) -> None:
-        """The table scenario x task; `ideal` in the same shape adds the distance to the best possible."""
-        tasks = list(metrics["all"])
-        for kind, columns in (
-            ("auc", ("auc", "logloss", "calibration")),
-            ("rmse", ("rmse", "mae")),
-        ):
-            here = [task for task in tasks if kind in metrics["all"][task]]
-            if not here:
-                continue
-            table = _table(title)
-            for name in ("scenario", "task", "rows", *(["positives"] if kind == "auc" else []), *columns):
-                table.add_column(
-                    _SHORT.get(name, name), justify="left" if name in ("scenario", "task") else "right"
-                )
-            known = [column for column in columns if ideal and column != "calibration" and column != "mae"]
-            for column in known:
-                table.add_column(f"{column}\n- ideal", justify="right")
-            for scenario, by_task in metrics.items():
-                for task in here:
-                    numbers = by_task[task]
-                    best = ((ideal or {}).get(scenario) or {}).get(task) or {}
-                    cells = [f"{numbers['rows']:,}"]
-                    if kind == "auc":
-                        cells.append(f"{numbers['positives']:,}")
-                    cells += [_number(numbers[column]) for column in columns]
-                    for column in known:
-                        mine, ours = numbers[column], best.get(column)
-                        cells.append("-" if mine is None or ours is None else f"{mine - ours:+.4f}")
-                    table.add_row(scenario, task, *cells)
-            self.console.print(table)
+        """Tables scenario x task; `ideal` in the same shape adds the distance to the best possible."""
+        for wanted, known in ((_CLASSES, ("auc", "logloss")), (_RANKS, ()), (_VALUES, ("rmse",))):
+            self._metrics_table(metrics, ideal, title, wanted, known)
+
+    def _metrics_table(
+        self,
+        metrics: dict[str, Any],
+        ideal: dict[str, Any] | None,
+        title: str,
+        wanted: tuple[str, ...],
+        known: tuple[str, ...],
+    ) -> None:
+        """One table of the metrics that are `wanted`, of the tasks that have one; `known`: with an ideal."""
+        names = {name for numbers in metrics["all"].values() for name in numbers}
+        columns = [name for word in wanted for name in sorted(names) if name.partition("@")[0] == word]
+        here = [task for task, numbers in metrics["all"].items() if numbers.keys() & set(columns)]
+        if not here:
+            return
+        counts = (
+            ("rows", "positives") if wanted is _CLASSES else ("groups",) if wanted is _RANKS else ("rows",)
+        )
+        ideals = [name for name in known if ideal and name in columns]
+        table = _table(title)
+        for name in ("scenario", "task", *counts, *columns):
+            table.add_column(_SHORT.get(name, name), justify="left" if name in _WORDS else "right")
+        for name in ideals:
+            table.add_column(f"{name}\n- ideal", justify="right")
+        sampled = False
+        for scenario, by_task in metrics.items():
+            for task in here:
+                numbers = by_task[task]
+                best = ((ideal or {}).get(scenario) or {}).get(task) or {}
+                cells = [f"{numbers[count]:,}" for count in counts]
+                if wanted is _RANKS and numbers.get("sampled"):
+                    sampled, cells[0] = True, f"~ {cells[0]}"
+                cells += [_number(numbers.get(column)) for column in columns]
+                for column in ideals:
+                    mine, ours = numbers.get(column), best.get(column)
+                    cells.append("-" if mine is None or ours is None else f"{mine - ours:+.4f}")
+                table.add_row(scenario, task, *cells)
+        self.console.print(table)
+        if sampled:
+            self.say("~ too many rows to hold: measured over a sample of the users")
+
+    def differences(self, result: dict[str, Any]) -> None:
+        """What the action `against` found: how the checkpoints of `mtlrec evaluate A --against B` differ."""
+        table = _table(f"A against B on {result['data']}")
+        for name in ("scenario", "task", "metric", "A", "B", "A - B", "95 % interval", "users"):
+            table.add_column(name, justify="left" if name in _WORDS else "right")
+        for scenario, by_task in result["differences"].items():
+            for task, by_metric in by_task.items():
+                for metric, found in by_metric.items():
+                    interval, difference = "-", "-"
+                    if found["difference"] is not None:
+                        difference = f"{found['difference']:+.4f}  "
+                    if found["low"] is not None:
+                        interval = f"{found['low']:+.4f} .. {found['high']:+.4f}"
+                        if found["low"] > 0 or found["high"] < 0:
+                            difference = f"{difference[:-1]}*"
+                    cells = [_number(found["a"]), _number(found["b"]), difference, interval]
+                    table.add_row(scenario, task, metric, *cells, f"{found['users']:,}")
+        self.say(f"A {result['checkpoint']}")
+        self.say(f"B {result['against']}")
+        self.console.print(table)
+        self.say("* the interval, of a bootstrap over users, excludes 0")
 
 
 def _table(title: str) -> Table:

@@ -1,20 +1,33 @@
-"""Measures a model on a data set, per task and scenario."""
+"""Measures a model on a data set, per task and scenario; and one model against another.
+
+B rows of a batch with its padding, T tasks.
+"""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 
 from mtlrec import storage
+from mtlrec.batch import Batch
 from mtlrec.control import Control
+from mtlrec.data.ids import hash_ids
 from mtlrec.data.order import Position
 from mtlrec.data.reader import Reader
 from mtlrec.data.shards import Dataset
+from mtlrec.data.vocabulary import Vocabulary
 from mtlrec.distributed import World, gather_bytes
 from mtlrec.lockstep import in_step, together
+from mtlrec.metrics.differences import Scored, Subject
+from mtlrec.metrics.groups import NO_GROUP
 from mtlrec.metrics.metrics import Metrics
 from mtlrec.schema import Schema
 from mtlrec.sharding import ShardedModel
@@ -24,23 +37,51 @@ IDEAL = "_ideal.json"
 
 
 def evaluate(
-    model: ShardedModel, schema: Schema, url: str, batch_size: int, world: World, control: Control
+    model: ShardedModel,
+    schema: Schema,
+    url: str,
+    batch_size: int,
+    world: World,
+    control: Control,
+    *,
+    vocabularies: Mapping[str, Vocabulary] = MappingProxyType({}),
+    keep: Scores | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Score every row of the data set at `url` once, all workers together.
 
-    Returns, on rank 0, the metrics by scenario and task and, where the data carries it, the best that any
-    model could reach, in the same shape; on other ranks an empty dict and None.
+    Where the schema names the user, ranking is measured within each user's rows too. `keep` is given every
+    row. Returns, on rank 0, the metrics by scenario and task and, where the data carries it, the best that
+    any model could reach, in the same shape; on other ranks an empty dict and None.
     """
     dataset = together(world, lambda: Dataset.open(url, schema.columns()))
-    metrics = Metrics(schema.scenarios, [(task.name, task.kind) for task in schema.tasks])
-    for batch, outputs in score(model, schema, dataset, batch_size, world, control, what="evaluate"):
-        metrics.update(
-            outputs.numpy(),
-            batch.labels.numpy(),
-            batch.valid.numpy(),
-            batch.scenario.numpy(),
-            batch.num_rows,
+    user = _user_column(schema)
+    tasks = [(task.name, task.kind) for task in schema.tasks]
+    metrics = Metrics(schema.scenarios, tasks, grouped=user is not None)
+    keys = () if user is None else (user,)
+    scored = score(
+        model,
+        schema,
+        dataset,
+        batch_size,
+        world,
+        control,
+        what="evaluate",
+        keys=keys,
+        vocabularies=vocabularies,
+    )
+    for batch, outputs in scored:
+        rows = slice(batch.num_rows)
+        ties = hash_ids(batch.rows[rows].numpy())
+        users = np.full(len(ties), NO_GROUP) if user is None else _user_hashes(batch, user)
+        found = (
+            outputs[rows].numpy(),
+            batch.labels[rows].numpy(),
+            batch.valid[rows].numpy(),
+            batch.scenario[rows].numpy(),
         )
+        metrics.update(*found, users=users, ties=ties)
+        if keep is not None:
+            keep.add(*found, users, ties)
     parts = gather_bytes(metrics.to_bytes(), world)
     if parts is None:
         return {}, None
@@ -49,12 +90,69 @@ def evaluate(
     return metrics.result(), ideal_of(url)
 
 
-def score(model, schema, dataset, batch_size, world, control, *, what, labels=True, keys=()):  # type: ignore[no-untyped-def]
+class Scores:
+    """Every row that this rank has scored, to be brought together on rank 0 (21 + 9 T bytes a row)."""
+
+    def __init__(self, schema: Schema) -> None:
+        self._subject = subject_of(schema)
+        self._parts: list[tuple[NDArray[Any], ...]] = []
+
+    def add(
+        self,
+        outputs: NDArray[np.float32],
+        labels: NDArray[np.float32],
+        valid: NDArray[np.bool_],
+        scenario: NDArray[np.int64],
+        users: NDArray[np.uint64],
+        ties: NDArray[np.uint64],
+    ) -> None:
+        """The next rows, in their order; fields as of `Scored`."""
+        # Copied: batches lend their memory.
+        self._parts.append(
+            (ties, users, scenario.astype(np.int32), labels.copy(), valid.copy(), outputs.copy())
+        )
+
+    def gather(self, world: World) -> Scored | None:
+        """All ranks' rows in the order of the files, on rank 0; None elsewhere. A collective."""
+        # One column at a time: rank 0 holds the ranks' padded bytes beside what they become.
+        width, kinds = len(self._subject.tasks), ("<u8", "<u8", "<i4", "<f4", "?", "<f4")
+        columns = []
+        for place, kind in enumerate(kinds):
+            mine = [np.asarray(part[place], kind).tobytes() for part in self._parts]
+            parts = gather_bytes(b"".join(mine), world)
+            if parts is not None:
+                column = np.frombuffer(b"".join(parts), kind)
+                columns.append(column.reshape(-1, width) if place >= 3 else column)
+        return Scored(self._subject, *columns) if columns else None
+
+
+def subject_of(schema: Schema) -> Subject:
+    """What of a schema decides whether two models can be compared."""
+    return Subject(tuple((task.name, task.kind, task.label) for task in schema.tasks), schema.scenarios)
+
+
+def score(
+    model: ShardedModel,
+    schema: Schema,
+    dataset: Dataset,
+    batch_size: int,
+    world: World,
+    control: Control,
+    *,
+    what: str,
+    labels: bool = True,
+    keys: Sequence[str] = (),
+    vocabularies: Mapping[str, Vocabulary] = MappingProxyType({}),
+) -> Iterator[tuple[Batch, torch.Tensor]]:
     """Yield (batch, outputs [B, T] float32 on the CPU) over the whole data set, in the order of the files.
 
-    Rank r reads the r-th of world_size equal ranges of rows, so its rows follow those of rank r - 1.
+    Outputs: the logit of a binary task, the score of a pairwise one, the value of a regression in the unit
+    of its label. Rank r reads the r-th of world_size equal ranges of rows, so its rows follow those of rank
+    r - 1.
     """
     world_size = world.world_size
+    mean = torch.tensor([task.mean for task in schema.tasks], dtype=torch.float32)
+    std = torch.tensor([task.std for task in schema.tasks], dtype=torch.float32)
     reader = Reader(
         dataset,
         schema,
@@ -69,13 +167,15 @@ def score(model, schema, dataset, batch_size, world, control, *, what, labels=Tr
         world_size=world_size,
         labels=labels,
         keys=keys,
+        vocabularies=vocabularies,
     )
     model.eval()
     done, began, shown = 0, time.monotonic(), time.monotonic()
     try:
         with reader, torch.no_grad():
             for batch, totals in in_step(reader, world):
-                yield batch, model(batch.to(world.device)).float().cpu()
+                # Other tasks than regressions have mean 0 and deviation 1.
+                yield batch, model(batch.to(world.device)).float().cpu() * std + mean
                 done += totals.rows
                 now = time.monotonic()
                 if world.rank == 0 and (now - shown > SHOW_EVERY_S or done == dataset.rows):
@@ -92,6 +192,27 @@ def score(model, schema, dataset, batch_size, world, control, *, what, labels=Tr
                     )
     finally:
         model.train()
+
+
+def _user_column(schema: Schema) -> str | None:
+    columns = {feature.name: feature.column for feature in schema.id_features}
+    return None if schema.user is None else columns[schema.user]
+
+
+def _user_hashes(batch: Batch, column: str) -> NDArray[np.uint64]:
+    """The hash of each row's raw user id, [num_rows]: of the id, not of its row, which users may share."""
+    users = np.full(batch.num_rows, NO_GROUP)
+    if batch.num_rows == 0:
+        return users
+    assert batch.keys is not None
+    ids = batch.keys[column].combine_chunks()
+    present = ids.is_valid().to_numpy(zero_copy_only=False)
+    ids = ids.drop_null()
+    if not pa.types.is_integer(ids.type):
+        ids = ids.dictionary_encode()  # each distinct text is hashed once
+    # One id in 2**64 has the hash that stands for no user.
+    users[present] = np.maximum(hash_ids(ids), NO_GROUP + np.uint64(1))
+    return users
 
 
 def ideal_of(url: str) -> dict[str, Any] | None:

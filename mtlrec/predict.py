@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 from mtlrec import storage
 from mtlrec.control import Control
 from mtlrec.data.shards import Dataset
+from mtlrec.data.vocabulary import Vocabulary
 from mtlrec.distributed import World, all_reduce_sum
 from mtlrec.evaluate import score
 from mtlrec.lockstep import together
@@ -35,11 +38,13 @@ def predict(
     world: World,
     control: Control,
     source: dict[str, Any],
+    vocabularies: Mapping[str, Vocabulary] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Write `out/part-<rank>-<number>.parquet`, rows in the order of the input.
 
     Columns: `keys` as they stand in the input (or, without keys, `row`, the row's number in it), then one
-    float32 column per task: a probability for a binary task, a value for regression. Labels are not needed.
+    float32 column per task: a probability for a binary task, a score for a pairwise one, a value in the unit
+    of its label for regression. Labels are not needed.
     """
     columns = (*schema.columns(labels=False), *key_columns(keys))
     dataset = together(world, lambda: Dataset.open(url, columns))
@@ -48,7 +53,16 @@ def predict(
     names = [task.name for task in schema.tasks]
     rows = 0
     scored = score(
-        model, schema, dataset, batch_size, world, control, what="predict", labels=False, keys=keys
+        model,
+        schema,
+        dataset,
+        batch_size,
+        world,
+        control,
+        what="predict",
+        labels=False,
+        keys=keys,
+        vocabularies=vocabularies,
     )
     with writer:
         for batch, outputs in scored:

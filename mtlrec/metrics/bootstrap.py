@@ -63,7 +63,7 @@ def paired_bootstrap(
     of the differences (Efron and Tibshirani 1993, chapter 13).
 
     Returns {metric: {a, b, difference (a - b), low, high, replicates, users}}, plain JSON; a metric that is
-    undefined is null in all of the first five, with a `reason`. AUC of more than a million rows gets
+    undefined is null in the first five, with a `reason`. AUC of more than a million rows gets
     fewer replicates; and replicates in which a metric is undefined, as AUC where all labels drawn are
     alike, are not counted.
     """
@@ -72,7 +72,7 @@ def paired_bootstrap(
     for metric, (values, drawn, users) in found.items():
         difference, drawn_differences = values[0] - values[1], drawn[0] - drawn[1]
         body = {"a": values[0], "b": values[1], "difference": difference}
-        results[metric] = _with_interval(body, drawn_differences, users)
+        results[metric] = _with_interval(body, drawn_differences, users, _not_finite(first, second))
     return results
 
 
@@ -86,7 +86,7 @@ def interval(
     """{metric: {value, low, high, replicates, users}} of one model; see `paired_bootstrap`."""
     found = _measure(rows, (outputs,), metrics, replicates, seed)
     return {
-        metric: _with_interval({"value": values[0]}, drawn[0], users)
+        metric: _with_interval({"value": values[0]}, drawn[0], users, _not_finite(outputs))
         for metric, (values, drawn, users) in found.items()
     }
 
@@ -99,14 +99,21 @@ def resamples(users: int, replicates: int, seed: int) -> Iterator[NDArray[np.int
 
 
 def _with_interval(
-    body: dict[str, float], drawn: NDArray[np.float64], users: int
+    body: dict[str, float], drawn: NDArray[np.float64], users: int, not_finite: str | None
 ) -> dict[str, float | int | str | None]:
     drawn = drawn[np.isfinite(drawn)]
     counts = {"replicates": len(drawn), "users": users}
     if not np.all(np.isfinite(list(body.values()))):
-        return {**dict.fromkeys((*body, "low", "high")), **counts, "reason": "undefined on these rows"}
+        reason = not_finite or "undefined on these rows"
+        return {**dict.fromkeys((*body, "low", "high")), **counts, "reason": reason}
     low, high = np.quantile(drawn, _TAILS).tolist() if len(drawn) else (None, None)
     return {**body, "low": low, "high": high, **counts}
+
+
+def _not_finite(*outputs: NDArray[np.float32]) -> str | None:
+    """Why nothing is defined, where it is not."""
+    wrong = sum(int(np.count_nonzero(~np.isfinite(each))) for each in outputs)
+    return f"{wrong} of {sum(len(each) for each in outputs)} predictions are not finite" if wrong else None
 
 
 class _Ratio:
@@ -163,10 +170,14 @@ def _measure(
         raise ValueError(f"replicates: {replicates} is below 1")
     alone = rows.users == NO_GROUP
     users, user = np.unique(np.where(alone, rows.ties, rows.users), return_inverse=True)
-    statistics = {metric: [] for metric in metrics}  # type: dict[str, list[_Ratio | _Area]]
+    statistics: dict[str, list[_Ratio | _Area]] = {metric: [] for metric in metrics}
     for scores in outputs:
-        for metric, statistic in _statistics(rows, user, len(users), scores, metrics).items():
-            statistics[metric].append(statistic)
+        if _not_finite(scores) is None:
+            found = _statistics(rows, user, len(users), scores, metrics)
+        else:
+            found = dict.fromkeys(metrics, _Ratio(np.full(len(users), np.nan), np.ones(len(users))))
+        for metric in metrics:
+            statistics[metric].append(found[metric])
     few = min(replicates, max(LEAST_AUC_REPLICATES, AUC_WORK // max(len(user), 1)))
     wanted = {metric: few if metric == "auc" else replicates for metric in metrics}
     drawn = {metric: np.full((len(outputs), wanted[metric]), np.nan) for metric in metrics}

@@ -50,8 +50,7 @@ class Groups:
         """
         assert scores.shape == labels.shape == (self.num_tasks, len(users))
         chosen = (users != NO_GROUP) & np.any(labels != NO_LABEL, axis=0)
-        # One user's groups in two scenarios differ, and the groups of two users meet only by chance.
-        groups = users[chosen] ^ (scenario[chosen].astype(np.uint64) * np.uint64(_GOLDEN))
+        groups = groups_of(users[chosen], scenario[chosen])
         self._add((groups, scenario[chosen], ties[chosen], scores[:, chosen], labels[:, chosen]))
 
     def merge(self, other: Groups) -> None:
@@ -110,6 +109,11 @@ class Groups:
             self._shift = shift
             self._parts = [_choose(part, shift) for part in self._parts]
             self._held = sum(len(part[0]) for part in self._parts)
+
+
+def groups_of(users: NDArray[np.uint64], scenario: NDArray[np.int32]) -> NDArray[np.uint64]:
+    """Hashes [R] of the groups that users form in scenarios; those of two users meet only by chance."""
+    return users ^ (scenario.astype(np.uint64) * np.uint64(_GOLDEN))
 
 
 _Rows = tuple[

@@ -65,15 +65,15 @@ def naive(rows: LabelledRows, outputs: np.ndarray, drawn: np.ndarray, metrics: l
     }
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 60), users=st.integers(1, 8), binary=st.booleans())
 def test_agrees_with_measuring_every_resample(seed: int, rows: int, users: int, binary: bool) -> None:
     data, first, second = draw(seed, rows, users, binary=binary)
     metrics = metric_names("binary" if binary else "regression", grouped=True, k=2)
-    found = paired_bootstrap(data, first, second, metrics, replicates=20, seed=seed)
+    found = paired_bootstrap(data, first, second, metrics, replicates=10, seed=seed)
     units = found[metrics[0]]["users"]
     whole = [naive(data, outputs, np.ones(units, int), metrics) for outputs in (first, second)]
-    drawn = list(resamples(units, 20, seed))
+    drawn = list(resamples(units, 10, seed))
     each = [[naive(data, outputs, w, metrics) for w in drawn] for outputs in (first, second)]
     for name in metrics:
         result = found[name]
@@ -88,7 +88,7 @@ def test_agrees_with_measuring_every_resample(seed: int, rows: int, users: int, 
         assert result["difference"] == result["a"] - result["b"]
         low, high = np.quantile(differences, [0.025, 0.975])
         assert (result["low"], result["high"]) == pytest.approx((low, high), abs=1e-6)
-    alone = interval(data, first, metrics, replicates=20, seed=seed)
+    alone = interval(data, first, metrics, replicates=10, seed=seed)
     for name in metrics:
         values = np.array([numbers[name] for numbers in each[0]])
         values = values[np.isfinite(values)]
