@@ -2,47 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from mtlrec.data.columns import build_columns, column_names, join, list_features, single_features
-from mtlrec.data.ids import rows_of
-from mtlrec.job.errors import InputError
-from mtlrec.job.model import ModelSection
-from mtlrec.job.schema import SchemaSection
-from mtlrec.schema import Schema, build_schema
+from mtlrec.data.ids import hash_ids, rows_of
+from mtlrec.data.vocabulary import count
+from tests.data.built import build, refused, schema_of
 
 NAN, INF = float("nan"), float("inf")
-
-
-def schema_of(features=None, tasks=None, **more) -> Schema:
-    section = {
-        "features": features or {"other": {"kind": "id", "rows": 10}},
-        "tasks": tasks or {"click": {"kind": "binary"}},
-        **more,
-    }
-    return build_schema(SchemaSection.model_validate(section), ModelSection())
-
-
-def build(schema: Schema, labels: bool = False, keys=(), **columns):
-    """Columns of a table that holds `columns`, and anything for the rest of the schema."""
-    arrays = {name: each if isinstance(each, pa.Array | pa.ChunkedArray) else pa.array(each)
-              for name, each in columns.items()}  # fmt: skip
-    num_rows = len(next(iter(arrays.values())))
-    for name in column_names(schema, labels, keys):
-        arrays.setdefault(name, pa.array([0] * num_rows))
-    return build_columns(
-        pa.table(arrays), schema, where="x.parquet, row group 3", first_row=100, labels=labels, keys=keys
-    )
-
-
-def refused(schema: Schema, labels: bool = False, **columns) -> str:
-    with pytest.raises(InputError) as caught:
-        build(schema, labels, **columns)
-    message = str(caught.value)
-    assert message.startswith("x.parquet, row group 3, row ") and "\n" not in message
-    return message.removeprefix("x.parquet, row group 3, ")
 
 
 def lists_of(columns, index=0):
@@ -177,6 +148,51 @@ def test_features_that_share_a_table_look_up_alike():
     assert columns.ids[1].tolist() == rows_of(np.array([7, 8]), 50, "hash").tolist()
 
 
+WORDS = {"ids": "vocabulary", "reserved": 2}
+
+
+@pytest.mark.parametrize(
+    ("known", "asked"),
+    [
+        (pa.array([5, -3, 8]), pa.array([8, 77, None, -3, 5, 8], pa.int16())),
+        (pa.array(["b", "a", "ü"]), pa.array(["ü", "new", None, "a", "b", "ü"])),
+        (pa.array(["b", "a", "ü"]), pa.array(["ü", "new", None, "a", "b", "ü"]).dictionary_encode()),
+    ],
+)
+def test_a_vocabulary_says_which_row_an_id_has(known, asked):
+    features = {"u": {"kind": "id", **WORDS}, "h": {"kind": "id_list", "table": "u"}}
+    vocabulary = count([pa.chunked_array([known])]).to_vocabulary(2)
+    lists = pa.ListArray.from_arrays(pa.array([0, 3, 3, 6, 6, 6, 6], pa.int32()), asked)
+    columns = build(schema_of(features), vocabularies={"u": vocabulary}, u=asked, h=lists)
+    third, unknown, first, second = vocabulary.look_up(
+        hash_ids(
+            pa.concat_arrays(
+                [known.slice(2), pa.array([asked.to_pylist()[1]], known.type), known.slice(0, 2)]
+            )
+        )
+    ).tolist()
+    assert unknown < 2 <= min(first, second, third)
+    assert columns.ids.tolist() == [[third, unknown, -1, second, first, third]]
+    assert lists_of(columns) == [[third, unknown], [], [second, first, third], [], [], []]
+
+
+def test_more_ids_of_a_vocabulary_than_are_looked_up_at_a_time():
+    ids = np.arange(40_000) * 7
+    vocabulary = count([pa.chunked_array([pa.array(ids[::2])])]).to_vocabulary(2)
+    columns = build(schema_of({"u": {"kind": "id", **WORDS}}), vocabularies={"u": vocabulary}, u=ids)
+    assert (columns.ids[0] == vocabulary.look_up(hash_ids(ids))).all()
+
+
+def test_a_feature_of_several_tables_is_looked_up_once():
+    vocabulary = count([pa.chunked_array([pa.array([4, 5])])]).to_vocabulary(2)
+    schema = schema_of(
+        {"u": {"kind": "id", "tables": ["wide", "bias"]}}, tables={"wide": WORDS, "bias": WORDS}
+    )
+    assert [feature.tables for feature in schema.id_features] == [("wide", "bias")]
+    columns = build(schema, vocabularies={"wide": vocabulary}, u=[5, 4, None])
+    assert columns.ids.tolist() == [[*vocabulary.look_up(hash_ids(np.array([5, 4]))), -1]]
+
+
 def bucketised(*boundaries):
     return schema_of({"x": {"kind": "number", "transform": "bucketise", "boundaries": list(boundaries)}})
 
@@ -276,42 +292,6 @@ def test_an_infinite_element_of_a_vector_names_its_row():
     assert message.startswith("row 2, column v: 1e+300 is too large for float32")
 
 
-def labelled(kind):
-    return schema_of(tasks={"t": {"kind": kind, "label": "y"}})
-
-
-@pytest.mark.parametrize(
-    "array", [pa.array([1, 0, None], pa.int8()), pa.array([1.0, 0.0, NAN]), pa.array([True, False, None])]
-)
-@pytest.mark.parametrize("kind", ["binary", "regression"])
-def test_a_label_may_be_missing(array, kind):
-    columns = build(labelled(kind), labels=True, y=array)
-    assert columns.labels.tolist() == [[1], [0], [0]]
-    assert columns.valid.tolist() == [[True], [True], [False]]
-
-
-@pytest.mark.parametrize("bad", [2, -1, 0.5])
-def test_a_binary_label_is_0_or_1(bad):
-    message = refused(labelled("binary"), labels=True, y=[0.0, None, 1.0, bad])
-    assert message == (
-        f"row 3, column y: {float(bad)} is not a label of a binary task; 0, 1 (or false, true) and null are"
-    )
-    assert build(labelled("regression"), labels=True, y=[bad]).labels.tolist() == [[bad]]
-
-
-@pytest.mark.parametrize("kind", ["binary", "regression"])
-def test_an_infinite_label_is_refused(kind):
-    assert refused(labelled(kind), labels=True, y=[0.0, INF]).startswith("row 1, column y: inf is not")
-
-
-def test_without_labels_their_columns_need_not_exist():
-    schema = labelled("binary")
-    assert column_names(schema, False, ()) == ["other"]
-    columns = build_columns(pa.table({"other": [1, 2]}), schema, where="", first_row=0, labels=False)
-    assert columns.valid.tolist() == [[False], [False]]
-    assert columns.labels.tolist() == [[0], [0]]
-
-
 def scenarios(*values, as_feature=True):
     return schema_of(scenario={"column": "s", "values": list(values), "as_feature": as_feature})
 
@@ -366,7 +346,7 @@ def test_keys_pass_through_as_they_stand_in_the_file():
 
 def everything(num_rows, first):
     features = {**ID, "h": {"kind": "id_list", "rows": 99}, **VECTOR}
-    schema = schema_of(features, scenario={"column": "s", "values": [0, 1, 2]})
+    schema = schema_of(features, scenario={"column": "s", "values": [0, 1, 2]}, weight="w")
     number = np.arange(first, first + num_rows)
     table = pa.table(
         {
@@ -376,9 +356,11 @@ def everything(num_rows, first):
             "x": number * 0.5,
             "s": number % 3,
             "click": pa.array([None if n % 5 == 0 else bool(n % 2) for n in number]),
+            "w": number * 0.25,
         }
     )
-    return build_columns(table, schema, where="", first_row=first, keys=("u",))
+    columns = build_columns(table, schema, where="", first_row=first, keys=("u",))
+    return replace(columns, user=number.astype(np.int32) - 1)
 
 
 def rows_in(columns):
@@ -392,6 +374,8 @@ def rows_in(columns):
             columns.labels[r].tolist(),
             columns.valid[r].tolist(),
             columns.scenario[r],
+            columns.weight[r],
+            columns.user[r],
             columns.keys["u"][r].as_py(),
         )
         for r in range(len(columns))

@@ -23,6 +23,7 @@ from mtlrec.job.schema import SchemaSection
 from mtlrec.schema import build_schema
 from tests.data.numbered import (
     LANES,
+    SECTION,
     broken,
     flat,
     make_table,
@@ -314,6 +315,31 @@ def test_what_cannot_be_read_on_is_refused(data):
     with pytest.raises(InputError, match="position belongs to other data"):
         reader(data, position=Position(0, 0, (64,) * LANES))
     assert our_threads() == []
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_sample_weights_come_with_their_rows_and_padding_has_none(tmp_path, world_size):
+    section = {**SECTION, "weight": "age"}
+    schema = build_schema(SchemaSection.model_validate(section), ModelSection())
+    data = Dataset.open(write(tmp_path / "data", 203), schema.columns())
+    options = {"batch_size": 64, "lanes": LANES, "window": 24, "shuffle": True, "seed": 5, "epochs": 1,
+               "position": Position.start(LANES), "world_size": world_size}  # fmt: skip
+    for rank in range(world_size):
+        with Reader(data, schema, rank=rank, **options) as found:
+            for batch in found:
+                assert batch.weight is not None and batch.weight.dtype == torch.float32
+                assert torch.equal(batch.weight, batch.rows.clamp(min=0).float())
+        with Reader(data, schema, rank=rank, labels=False, **options) as found:
+            assert next(found).weight is None
+
+
+def test_batches_count_the_runs_steps(data):
+    assert [batch.step for batch in read(data, epochs=2)] == list(range(32))
+    whole = read(data, epochs=2, first_step=100)
+    assert [batch.step for batch in whole] == list(range(100, 132))
+    tail = read(data, epochs=2, position=whole[19].position, first_step=120)
+    assert [batch.step for batch in tail] == list(range(120, 132))
+    assert whole[0].negatives is None and whole[0].weight is None
 
 
 def test_a_schema_of_numbers_alone(data):
