@@ -18,8 +18,8 @@ from mtlrec.distributed import World, broadcast_bytes
 from mtlrec.job.job import Job
 from mtlrec.lockstep import Totals, together
 from mtlrec.model.model import build_model
-from mtlrec.objective.objective import Objective
-from mtlrec.optimizers import DenseOptimizer
+from mtlrec.objective.objective import Objective, build_objective
+from mtlrec.optimizers import OBJECTIVE, DenseOptimizer, ReplicatedTables
 from mtlrec.schema import Schema
 from mtlrec.sharding import ShardedModel, initialise_tables, local_blocks, set_step, shard
 
@@ -40,12 +40,13 @@ class Trainer:
     def train_step(self, batch: Batch, totals: Totals) -> torch.Tensor:
         """One forward, one backward (in which the tables are updated), one dense step.
 
-        Returns the sum of each task's loss over this rank's valid labels, [T], on the device, detached.
+        `totals.amounts`: what `objective.amounts` gave, summed over the ranks. Returns the weighted sum of
+        each task's loss over this rank's rows, [T], on the device, detached.
         """
         batch = batch.to(self.world.device)
-        valid = totals.valid.to(self.world.device, torch.float32, non_blocking=True)
-        outputs = self.model(batch)
-        loss, sums = self.objective.loss(outputs, batch, valid, self.world.world_size)
+        amounts = totals.amounts.to(self.world.device, torch.float32, non_blocking=True)
+        outputs, embeddings = self.model.outputs_and_embeddings(batch)
+        loss, sums = self.objective.loss(outputs, batch, amounts, self.world.world_size, embeddings)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step(self.step)
@@ -54,8 +55,27 @@ class Trainer:
 
     def dense_tensors(self) -> dict[str, torch.Tensor]:
         """All that a checkpoint keeps beside the tables, by name, live."""
-        weights = {WEIGHTS + name: tensor.detach() for name, tensor in self.model.dense_parameters().items()}
+        learnt = _Learnt(self.model, self.objective).dense_parameters()
+        weights = {WEIGHTS + name: tensor.detach() for name, tensor in learnt.items()}
         return weights | self.optimizer.state_tensors()
+
+
+@dataclass
+class _Learnt:
+    """All that the dense optimizer steps: of the model and of the objective."""
+
+    model: ShardedModel
+    objective: Objective | None
+
+    @property
+    def replicated(self) -> ReplicatedTables | None:
+        return self.model.replicated
+
+    def dense_parameters(self) -> dict[str, torch.nn.Parameter]:
+        parameters = self.model.dense_parameters()
+        if self.objective is not None:
+            parameters |= {OBJECTIVE + name: value for name, value in self.objective.named_parameters()}
+        return parameters
 
 
 def assemble(
@@ -67,7 +87,9 @@ def assemble(
     """
     plan_url = storage.join(run_url, "plan.json")
     model = shard(build_model(job, schema, world.device), job, world, _read_plan(plan_url, world))
-    trainer = Trainer(model, DenseOptimizer(job, model, world), Objective(schema), world, 0)
+    objective = build_objective(job, schema).to(world.device)
+    optimizer = DenseOptimizer(job, _Learnt(model, objective), world)
+    trainer = Trainer(model, optimizer, objective, world, 0)
     if start is None or checkpoint is None:
         initialise_tables(model, job.seed, job.model.table_init)
     else:
@@ -80,28 +102,31 @@ def assemble(
 def restore(job: Job, schema: Schema, world: World, checkpoint: str, manifest: Manifest) -> ShardedModel:
     """The model of a checkpoint, without its optimizers: for evaluation and prediction."""
     model = shard(build_model(job, schema, world.device), job, world)
-    together(world, lambda: _load_model(model, schema, checkpoint, manifest, with_state=False))
+    together(world, lambda: _load(_Learnt(model, None), schema, checkpoint, manifest, with_state=False))
     return model
 
 
 def _resume(trainer: Trainer, schema: Schema, checkpoint: str, start: Manifest) -> None:
-    rest = _load_model(trainer.model, schema, checkpoint, start, with_state=True)
+    learnt = _Learnt(trainer.model, trainer.objective)
+    rest = _load(learnt, schema, checkpoint, start, with_state=True)
     trainer.optimizer.load(rest)
     trainer.step = start.meta["step"]
     set_step(trainer.model, trainer.step)
 
 
-def _load_model(
-    model: ShardedModel, schema: Schema, checkpoint: str, manifest: Manifest, with_state: bool
+def _load(
+    learnt: _Learnt, schema: Schema, checkpoint: str, manifest: Manifest, with_state: bool
 ) -> dict[str, torch.Tensor]:
     """Fill tables and dense weights in place; returns the other dense tensors of the checkpoint."""
     check_tables(checkpoint, manifest, schema.tables)
-    load_tables(checkpoint, manifest, local_blocks(model), strict=with_state)
+    load_tables(checkpoint, manifest, local_blocks(learnt.model), strict=with_state)
     saved = load_dense(checkpoint, manifest)
-    parameters = model.dense_parameters()
+    parameters = learnt.dense_parameters()
     weights = {
         name.removeprefix(WEIGHTS): saved.pop(name) for name in list(saved) if name.startswith(WEIGHTS)
     }
+    if learnt.objective is None:
+        weights = {name: value for name, value in weights.items() if not name.startswith(OBJECTIVE)}
     if {name: tensor.shape for name, tensor in weights.items()} != {
         n: p.shape for n, p in parameters.items()
     }:

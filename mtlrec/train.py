@@ -14,17 +14,17 @@ from mtlrec.checkpoint.save import finish, save
 from mtlrec.checkpoint.starts import claim_start
 from mtlrec.control import Control
 from mtlrec.data.order import Position
-from mtlrec.data.reader import Reader
-from mtlrec.data.shards import Dataset
 from mtlrec.distributed import World, all_ok, broadcast_bytes
 from mtlrec.evaluate import evaluate
-from mtlrec.job.errors import InputError
-from mtlrec.job.job import Job, job_from_dict
+from mtlrec.feed import Feed, open_feed
 from mtlrec.journal import Journal
+from mtlrec.judge import Judge
 from mtlrec.lockstep import in_step, together
-from mtlrec.preflight import RESULT, Run
-from mtlrec.schema import Schema, build_schema
+from mtlrec.preflight import RESULT, Run, asked_of
 from mtlrec.sharding import local_blocks
+
+Measured = tuple[dict[str, Any], dict[str, Any] | None]
+"""Metrics, and the best that any model could reach where the data says so; on rank 0 alone."""
 
 
 def train(run: Run, world: World, control: Control) -> dict[str, Any]:
@@ -34,48 +34,36 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
     every rank alike, for what the user can correct.
     """
     began = time.monotonic()
-    job = job_from_dict(run.job, run.url)
-    schema = build_schema(job.schema_, job.model)
-    dataset = together(world, lambda: _open(job, schema, run))
     checkpoint, number = _agree_on_start(run, world)
     if number > 1 and world.rank == 0:
         control.show(
             {"kind": "log", "text": f"start {number} of this run, from {checkpoint or 'its beginning'}"}
         )
     start = together(world, lambda: read_manifest(checkpoint)) if checkpoint else None
-    position = (
-        Position.from_json(start.meta["position"], f"{checkpoint}: position")
-        if start
-        else Position.start(job.data.lanes)
-    )
-    with Reader(
-        dataset,
-        schema,
-        batch_size=job.data.batch_size,
-        lanes=job.data.lanes,
-        window=job.data.window,
-        shuffle=job.data.shuffle,
-        seed=job.seed,
-        position=position,
-        epochs=job.run.epochs,
-        rank=world.rank,
-        world_size=world.world_size,
-        pin_memory=world.device.type == "cuda",
-    ) as reader:
+    feed = open_feed(run, world, control, checkpoint, start)
+    job = feed.job
+    judge = Judge(job.run.evaluate)
+    position, step = Position.start(job.data.lanes), 0
+    if start is not None:
+        position = Position.from_json(start.meta["position"], f"{checkpoint}: position")
+        step = start.meta["step"]
+        judge.load(start.meta.get("judge"))
+    with feed.reader(position, step, world) as reader:
         # The reader fills its first windows while the model is built.
-        trainer = assemble(job, schema, world, run.url, checkpoint, start)
+        trainer = assemble(job, feed.schema, world, run.url, checkpoint, start)
         total = trainer.step + reader.steps_left(position)
         total = min(total, job.run.max_steps) if job.run.max_steps else total
+        parameters = _parameters(trainer)
         if world.rank == 0:
-            dense = sum(tensor.numel() for tensor in trainer.model.dense_parameters().values())
-            tables = trainer.model.plan_table()
+            tables, dense = trainer.model.plan_table(), parameters["dense"]
             control.show(
                 {"kind": "plan", "workers": world.world_size, "tables": tables, "dense_parameters": dense}
             )
+        tasks = tuple(task.name for task in feed.schema.tasks)
         journal = Journal(
             run.url,
             number,
-            tuple(task.name for task in schema.tasks),
+            tasks,
             world,
             control,
             step=trainer.step,
@@ -83,25 +71,39 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
             every_s=job.run.report_every_s,
             record_rows=job.run.record_rows,
         )
-        saver = _Saver(run, job, schema, dataset, number, world, control, journal)
-        saved = checkpoint
-        stopped = False
-        if trainer.step < total:
-            for batch, totals in in_step(reader, world, lambda: (control.should_stop(), journal.due())):
+        saver = _Saver(run, feed, judge, number, world, control, journal)
+        saved, measured, stopped = checkpoint, None, False
+        if trainer.step < total and not judge.is_over:
+            signals = lambda: (control.should_stop(), journal.due())  # noqa: E731
+            amounts = (len(tasks) + 2, trainer.objective.amounts)
+            for batch, totals in in_step(reader, world, signals, amounts):
                 stop, report = totals.signals
                 journal.start_step()
                 losses = trainer.train_step(batch, totals)
                 journal.end_step(batch, totals, losses)
-                position, saved = batch.position, None
-                stopped = stop and trainer.step < total
-                if report or stopped or trainer.step == total:
+                before, position = position, batch.position
+                saved, measured, ended = None, None, trainer.step == total
+                if judge.is_due(trainer.step, before, position, ended):
                     journal.report()
-                if stopped or trainer.step == total:
+                    journal.pause()
+                    measured = _measure(trainer, feed, judge, world, control)
+                    journal.scalars(_scalars(measured[0]))
+                    ended = ended or judge.is_over
+                stopped = stop and not ended
+                if report or stopped or ended:
+                    journal.report()
+                if saver.is_due(trainer.step):
+                    saved = saver.save(trainer, position, measured)
+                if stopped or ended:
                     break
-                if job.run.checkpoint.every_steps and trainer.step % job.run.checkpoint.every_steps == 0:
-                    saved = saver.save(trainer, position)
     journal.pause()
-    saved = saved or saver.save(trainer, position)
+    saved = saved or saver.save(trainer, position, measured)
+    if not stopped and measured is None and job.data.eval:
+        measured = evaluate(trainer.model, feed.schema, job.data.eval, job.data.batch_size, world, control)
+        if world.rank == 0:
+            finish(saved, measured[0])
+        journal.scalars(_scalars(measured[0]))
+    metrics, ideal = measured or (None, None)
     result: dict[str, Any] = {
         "run_dir": run.url,
         "checkpoint": saved,
@@ -110,18 +112,14 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
         "rows": journal.rows,
         "samples_per_s": journal.rows / journal.seconds if journal.seconds else None,
         "seconds": time.monotonic() - began,
-        "metrics": None,
-        "ideal": None,
-        "asked": {"epochs": job.run.epochs, "max_steps": job.run.max_steps},
+        "parameters": parameters,
+        "metrics": metrics,
+        "ideal": ideal,
+        "best": _best(run.url) if world.rank == 0 and job.run.evaluate else None,
+        "asked": asked_of(job),
     }
-    if not stopped:
-        if job.data.eval:
-            result["metrics"], result["ideal"] = _measure(trainer, job, schema, world, control)
-            saver.add_metrics(saved, result["metrics"])
-            journal.scalars(_scalars(result["metrics"]))
-        result["seconds"] = time.monotonic() - began
-        if world.rank == 0:
-            storage.write(storage.join(run.url, RESULT), json.dumps(result, indent=1).encode())
+    if world.rank == 0 and not stopped:
+        storage.write(storage.join(run.url, RESULT), json.dumps(result, indent=1).encode())
     journal.close()
     all_ok(None, world)
     return result
@@ -133,56 +131,89 @@ class _Saver:
     def __init__(
         self,
         run: Run,
-        job: Job,
-        schema: Schema,
-        dataset: Dataset,
+        feed: Feed,
+        judge: Judge,
         start: int,
         world: World,
         control: Control,
         journal: Journal,
     ) -> None:
-        self._run, self._job, self._schema, self._dataset = run, job, schema, dataset
+        self._run, self._feed, self._judge = run, feed, judge
         self._start, self._world, self._control, self._journal = start, world, control, journal
 
-    def save(self, trainer: Trainer, position: Position) -> str:
-        """Write one checkpoint, all ranks together, and return its URL."""
+    def is_due(self, step: int) -> bool:
+        """After so many steps, or where this step is the best so far."""
+        every = self._feed.job.run.checkpoint.every_steps
+        return (every is not None and step % every == 0) or self._judge.best_step == step
+
+    def save(self, trainer: Trainer, position: Position, measured: Measured | None) -> str:
+        """Write one checkpoint, all ranks together, and return its URL. measured: of this very step."""
         # What has diverged must not take the place of a good checkpoint.
         self._journal.report()
         self._journal.pause()
         self._journal.flush()
+        feed = self._feed
         url = folder.checkpoint_url(self._run.url, trainer.step, self._start)
         meta = {
-            "job": self._job.to_dict(),
-            "schema": self._schema.to_dict(),
-            "schema_fingerprint": self._schema.fingerprint(),
-            "data": {"fingerprint": self._dataset.fingerprint, "index": self._dataset.index()},
+            "job": feed.job.to_dict(),
+            "schema": feed.schema.to_dict(),
+            "schema_fingerprint": feed.schema.fingerprint(),
+            "data": {"fingerprint": feed.dataset.fingerprint, "index": feed.dataset.index()},
             "step": trainer.step,
             "position": position.to_json(),
             "attempt": self._start,
-            "metrics": None,
+            "metrics": measured[0] if measured else None,
+            "judge": self._judge.to_json(),
+            "score": self._judge.last if measured else None,
         }
-        save(url, local_blocks(trainer.model), trainer.dense_tensors(), meta, self._world)
+        blocks, dense = local_blocks(trainer.model), trainer.dense_tensors()
+        save(url, blocks, dense, meta, self._world, vocabularies=feed.vocabularies)
         self._control.report({"step": float(trainer.step)}, url)
         if self._world.rank == 0:
             self._control.show({"kind": "saved", "step": trainer.step, "url": url})
             folder.sweep(self._run.url, self._start)
-            folder.retain(self._run.url, self._job.run.checkpoint.keep_last)
+            folder.retain(self._run.url, feed.job.run.checkpoint.keep_last)
         return url
 
-    def add_metrics(self, url: str, metrics: dict[str, Any]) -> None:
-        """Write what the finished model was measured at into its checkpoint's manifest."""
-        if self._world.rank == 0:
-            finish(url, metrics)
+
+def _measure(trainer: Trainer, feed: Feed, judge: Judge, world: World, control: Control) -> Measured:
+    """Score data.eval and let the judge decide, the same on every rank. A collective."""
+    url, batch_size = feed.job.data.eval, feed.job.data.batch_size
+    assert url is not None
+    measured = evaluate(
+        trainer.model, feed.schema, url, batch_size, world, control, vocabularies=feed.vocabularies
+    )
+
+    def decide() -> None:
+        if world.rank == 0:
+            judge.consider(measured[0], trainer.step)
+
+    together(world, decide)
+    judge.load(json.loads(broadcast_bytes(json.dumps(judge.to_json()).encode(), world)))
+    if world.rank == 0:
+        control.show({"kind": "log", "text": judge.describe(trainer.step)})
+    return measured
 
 
-def _open(job: Job, schema: Schema, run: Run) -> Dataset:
-    dataset = Dataset.open(job.data.train, schema.columns())
-    if dataset.fingerprint != run.fingerprint:
-        raise InputError(
-            f"{job.data.train}: this worker sees other shards than the machine that started the run; "
-            "every machine must read the same storage"
-        )
-    return dataset
+def _best(run_url: str) -> dict[str, Any] | None:
+    found = folder.best(run_url)
+    if found is None:
+        return None
+    meta = read_manifest(found.url).meta
+    return {
+        "checkpoint": found.url,
+        "step": found.step,
+        "score": meta["score"],
+        "metrics": meta["metrics"],
+    }
+
+
+def _parameters(trainer: Trainer) -> dict[str, int]:
+    """How many numbers are learnt, optimizer state left out."""
+    return {
+        "dense": sum(tensor.numel() for tensor in trainer.model.dense_parameters().values()),
+        "tables": sum(table.rows * table.dim for table in trainer.model.plan.tables),
+    }
 
 
 def _agree_on_start(run: Run, world: World) -> tuple[str | None, int]:
@@ -196,13 +227,6 @@ def _agree_on_start(run: Run, world: World) -> tuple[str | None, int]:
 
     url, number = json.loads(broadcast_bytes(together(world, choose), world))
     return url, number
-
-
-def _measure(
-    trainer: Trainer, job: Job, schema: Schema, world: World, control: Control
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    assert job.data.eval is not None
-    return evaluate(trainer.model, schema, job.data.eval, job.data.batch_size, world, control)
 
 
 def _scalars(metrics: dict[str, Any]) -> dict[str, float]:

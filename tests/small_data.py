@@ -41,6 +41,7 @@ def write_small_data(
             "country": [SCENARIOS[value] for value in scenario],
             "click": click,
             "rating": pa.array(np.where(click == 1, 3 + logit, np.nan), from_pandas=True),
+            "weight": random.lognormal(0, 0.5, rows).astype(np.float32),
         }
     )
     cuts = np.linspace(0, rows, shards + 1).astype(int) + np.array(

@@ -179,5 +179,7 @@ def _score_of(found: Checkpoint) -> float | None:
     with contextlib.suppress(FileNotFoundError):
         text = storage.read(storage.join(found.url, MANIFEST))
         with contextlib.suppress(ValueError, RecursionError, TypeError, KeyError):
-            return score(json.loads(text)["meta"]["metrics"])
+            meta = json.loads(text)["meta"]
+            # A run that measures itself has said by what (run.evaluate.metric).
+            return score(meta["metrics"]) if meta.get("score") is None else float(meta["score"])
     return None

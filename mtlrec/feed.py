@@ -1,0 +1,124 @@
+"""What a run trains on: shards, their vocabularies and negatives, and the schema that these complete."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import yaml
+
+from mtlrec import storage
+from mtlrec.checkpoint.manifest import Manifest
+from mtlrec.checkpoint.vocabularies import load_vocabularies
+from mtlrec.control import Control
+from mtlrec.data.negatives import Sampler
+from mtlrec.data.order import Position
+from mtlrec.data.reader import Reader
+from mtlrec.data.shards import Dataset
+from mtlrec.data.vocabulary import Vocabulary
+from mtlrec.distributed import World
+from mtlrec.interactions import build_index
+from mtlrec.job.errors import InputError
+from mtlrec.job.job import Job, job_from_dict
+from mtlrec.lockstep import together
+from mtlrec.preflight import Run
+from mtlrec.schema import Schema, build_schema
+from mtlrec.vocabularies import Wanted, build
+
+
+@dataclass(frozen=True)
+class Feed:
+    """All that batches are made of."""
+
+    job: Job
+    """With the rows of every vocabulary."""
+    schema: Schema
+    dataset: Dataset
+    vocabularies: Mapping[str, Vocabulary]
+    """By table."""
+    sampler: Sampler | None
+    """Of negatives; None where the job draws none."""
+
+    def reader(self, position: Position, step: int, world: World) -> Reader:
+        """This worker's batches from `position`, behind `step` steps, to the end of the last epoch."""
+        data = self.job.data
+        return Reader(
+            self.dataset,
+            self.schema,
+            batch_size=data.batch_size,
+            lanes=data.lanes,
+            window=data.window,
+            shuffle=data.shuffle,
+            seed=self.job.seed,
+            position=position,
+            epochs=self.job.run.epochs,
+            rank=world.rank,
+            world_size=world.world_size,
+            pin_memory=world.device.type == "cuda",
+            vocabularies=self.vocabularies,
+            first_step=step,
+            negatives=self.sampler,
+        )
+
+
+def open_feed(
+    run: Run, world: World, control: Control, checkpoint: str | None, start: Manifest | None
+) -> Feed:
+    """Open the shards; load what `checkpoint` (which says `start` of itself) keeps of them, or build it.
+
+    A collective. Raises InputError, on every rank alike.
+    """
+    job = job_from_dict(run.job, run.url)
+    schema = build_schema(job.schema_, job.model)
+    dataset = together(world, lambda: _open(job, schema, run))
+    if checkpoint is not None and start is not None:
+        vocabularies = together(world, lambda: load_vocabularies(checkpoint, start))
+    else:
+        vocabularies = build(dataset, _wanted(job, schema), run.url, world, control)
+    if vocabularies:
+        job = with_rows(job, vocabularies)
+        schema = build_schema(job.schema_, job.model)
+        if world.rank == 0:
+            text = yaml.safe_dump(job.to_dict(), sort_keys=False)
+            storage.write(storage.join(run.url, "job.yaml"), text.encode())
+    sampler = None
+    if job.data.negatives is not None:
+        index = build_index(dataset, schema, job.data.negatives, vocabularies, world, control)
+        sampler = Sampler(index, schema, job.data.negatives, job.seed)
+    return Feed(job, schema, dataset, vocabularies, sampler)
+
+
+def with_rows(job: Job, vocabularies: Mapping[str, Vocabulary]) -> Job:
+    """The job with the rows of its vocabularies' tables filled in where they are open."""
+    raw = job.to_dict()
+    for table, vocabulary in vocabularies.items():
+        schema = raw["schema"]
+        section = schema["tables"].get(table) or schema["features"][table]
+        if section["rows"] is None:
+            section["rows"] = vocabulary.rows
+    return job_from_dict(raw, f"{job.name} with its vocabularies")
+
+
+def _wanted(job: Job, schema: Schema) -> list[Wanted]:
+    columns = {feature.name: feature.column for feature in schema.id_features}
+    return [
+        Wanted(
+            table.name,
+            tuple(columns[feature] for feature in table.features),
+            table.min_count,
+            job.schema_.table(table.name).rows,
+            table.reserved,
+        )
+        for table in schema.tables
+        if table.ids == "vocabulary"
+    ]
+
+
+def _open(job: Job, schema: Schema, run: Run) -> Dataset:
+    dataset = Dataset.open(job.data.train, schema.columns())
+    if dataset.fingerprint != run.fingerprint:
+        raise InputError(
+            f"{job.data.train}: this worker sees other shards than the machine that started the run; "
+            "every machine must read the same storage"
+        )
+    return dataset
