@@ -93,6 +93,10 @@ def _parser() -> argparse.ArgumentParser:
         parser_.add_argument("--data", help=f"Parquet to {verb}; default: the job's data.eval")
         parser_.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
         parser_.add_argument("--batch-size", type=int, help="rows at a time over all workers")
+    evaluate.add_argument("--against", metavar="OTHER", help="a second checkpoint or run: how the two differ")
+    evaluate.add_argument(
+        "--replicates", type=int, help="of the bootstrap over users, with --against (default 1000)"
+    )
     evaluate.set_defaults(command=_evaluate)
     predict.add_argument("--out", required=True, help="new folder for part-*.parquet")
     predict.add_argument("--keys", help="columns to carry along, by comma; default: user, item and scenario")

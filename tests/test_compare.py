@@ -469,3 +469,11 @@ def test_help_names_what_can_be_prepared(capsys: pytest.CaptureFixture[str]) -> 
         main(["prepare", "--help"])
     text = capsys.readouterr().out
     assert all(name in text for name in PREPARERS)
+
+
+@pytest.mark.parametrize("options", [["--replicates", "9"], ["--against", "x", "--replicates", "0"]])
+def test_replicates_need_another_model_and_a_number(
+    options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", "nowhere", *options]) == 2
+    assert f"--replicates {options[-1]}: " in capsys.readouterr().err

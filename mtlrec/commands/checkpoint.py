@@ -15,14 +15,28 @@ from mtlrec.display import Display
 from mtlrec.job.errors import InputError
 from mtlrec.job.run import MAX_WORKERS
 from mtlrec.launch import StopRequest, check_address, launch
+from mtlrec.metrics.bootstrap import REPLICATES
 from mtlrec.preflight import RESULT, open_checkpoint
 from mtlrec.stack import require_stack
 
+MAX_REPLICATES = 100_000
+
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    """Measure a checkpoint, per scenario and task."""
-    result, display = _on_checkpoint("evaluate", arguments, {})
+    """Measure a checkpoint, per scenario and task; or how it differs from another."""
+    if arguments.against is None:
+        if arguments.replicates is not None:
+            raise InputError(f"--replicates {arguments.replicates}: only with --against")
+        result, display = _on_checkpoint("evaluate", arguments, {})
+    else:
+        replicates = REPLICATES if arguments.replicates is None else arguments.replicates
+        if not 1 <= replicates <= MAX_REPLICATES:
+            raise InputError(f"--replicates {replicates}: allowed are 1 to {MAX_REPLICATES}")
+        result, display = _on_checkpoint("against", arguments, {"replicates": replicates})
     display.metrics(result["metrics"], result["ideal"], f"{result['checkpoint']} on {result['data']}")
+    if "against" in result:
+        display.metrics(result["against_metrics"], None, f"{result['against']} on {result['data']}")
+        display.differences(result)
     return print_json(arguments, result)
 
 
@@ -76,9 +90,16 @@ def _on_checkpoint(
     check_address(arguments.address)
     checkpoint, which = choose(arguments.checkpoint, arguments.last)
     job, task = open_checkpoint(checkpoint, arguments.data, arguments.device, arguments.batch_size, payload)
+    against = None
+    if action == "against":
+        against = choose(arguments.against, arguments.last)
+        _, other = open_checkpoint(against[0], task["data"], arguments.device, arguments.batch_size, {})
+        task["against"] = {"job": other["job"], "checkpoint": other["checkpoint"]}
     run = job.run.model_copy(update={"workers": arguments.workers or 0})
     display = Display(arguments.quiet)
     display.say(f"checkpoint {checkpoint} ({which})")
+    if against is not None:
+        display.say(f"against    {against[0]} ({against[1]})")
     try:
         result = launch(
             action,

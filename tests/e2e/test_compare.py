@@ -46,3 +46,14 @@ def test_two_variations_with_two_seeds(tmp_path: Path, capsys: pytest.CaptureFix
     (row,) = json.loads(out)["variations"]
     assert row["mean"]["all"] == mmoe["mean"]["all"] and row["deviation"]["all"] == mmoe["deviation"]["all"]
     assert kept.stat().st_mtime_ns == written
+
+    # Two of the runs beside one another on the same rows.
+    first, second = (str(runs / f"small-backbone-{name}-seed8") for name in ("shared_bottom", "mmoe"))
+    assert main(["evaluate", first, "--against", second, "--replicates", "20", "--json"]) == 0
+    out, err = capsys.readouterr()
+    both = json.loads(out)
+    assert f"against    {both['against']} (the run's " in err
+    assert both["metrics"]["all"]["click"]["auc"] == shared["runs"]["8"]["metrics"]["all"]["click"]["auc"]
+    difference = both["differences"]["all"]["click"]["auc"]
+    assert difference["b"] == pytest.approx(mmoe["runs"]["8"]["metrics"]["all"]["click"]["auc"], abs=1e-6)
+    assert difference["difference"] == pytest.approx(difference["a"] - difference["b"])
