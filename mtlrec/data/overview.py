@@ -17,8 +17,8 @@ def overview(dataset: Dataset, schema: Schema, max_groups: int = 16) -> dict[str
     """Count everything, and sample the labels of at most `max_groups` evenly spaced row groups.
 
     Returns plain data: `url`, `shards`, `groups`, `rows`, `sampled_rows`, and for each scenario its sampled
-    `rows` and, for each task, `labelled` (share of rows with a label, that `given` allows) and `mean` (of those
-    labels, or None).
+    `rows` and, for each task, `labelled` (share of rows with a label that `given` allows) and `mean` (of
+    those labels, or None).
     """
     groups = np.unique(np.linspace(0, len(dataset.group_rows) - 1, max_groups).round().astype(np.int64))
     labels = list(dict.fromkeys(task.label for task in schema.tasks))
