@@ -92,8 +92,10 @@ class Vocabulary:
         """Where the hashes begin whose first bits are 0, 1, 2, ...; and how many bits are not the first."""
         bits = max(len(self).bit_length() - 1, 1)
         shift = np.uint64(64 - bits)
-        starts = np.searchsorted(self.hashes, np.arange(2**bits, dtype=np.uint64) << shift)
-        return shift, starts.astype(np.int32) if len(self) < 2**31 else starts
+        held = np.bincount((self.hashes >> shift).view(np.int64), minlength=2**bits)
+        starts = np.zeros(2**bits, np.int32 if len(self) < 2**31 else np.int64)
+        np.cumsum(held[:-1], out=starts[1:])
+        return shift, starts
 
     def look_up(self, hashes: Hashes) -> Numbers:
         """Hashes of ids -> rows, int64 [n] for [n]: U + the id's place, or hash % U where it is unknown."""
