@@ -1,0 +1,123 @@
+"""Gradient-boosted trees on the census data: the line that docs/results.md prints beside mtlrec's.
+
+    pip install lightgbm pyarrow
+    python -m benchmarks.census_lightgbm OUT --seeds 3
+
+Reads the Parquet that `mtlrec prepare census` wrote to OUT, and imports nothing of mtlrec. One model a
+task: the codes are categorical features; the seven numbers and the year are numbers. Trees are added until
+the AUC on valid has not risen for `PATIENCE` of them; the best count of trees scores the test rows, once.
+LightGBM is no dependency of mtlrec: whoever wants this line installs it. Prints one JSON line with the AUC.
+
+N rows of a split, F features.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import lightgbm  # type: ignore[import-not-found]
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+TASKS = ("income", "never_married")
+NOT_FEATURES = ("line", *TASKS)
+"""`line` is the row's number in its file."""
+MOST_TREES, PATIENCE = 3000, 100
+PARAMETERS: dict[str, Any] = {
+    "objective": "binary",
+    "metric": "auc",
+    "learning_rate": 0.05,
+    "num_leaves": 31,
+    "min_data_in_leaf": 50,
+    "feature_fraction": 0.5,
+    "bagging_fraction": 0.8,
+    "bagging_freq": 1,
+    "deterministic": True,
+    "force_row_wise": True,
+    "verbose": -1,
+}
+
+Matrix = npt.NDArray[np.float64]
+
+
+def read(folder: Path) -> tuple[Matrix, dict[str, npt.NDArray[np.float64]], list[str], list[str]]:
+    """A split: features [N, F], labels task -> [N], names of the features [F] and of the categorical ones."""
+    table = pq.read_table(folder)
+    features = [field for field in table.schema if field.name not in NOT_FEATURES]
+    # Categories are int32 codes; so is the year, of which a number says as much.
+    categories = [field.name for field in features if pa.types.is_int32(field.type) and field.name != "year"]
+    names = [field.name for field in features]
+    x = np.stack([table[name].to_numpy().astype(np.float64) for name in names], axis=1)
+    return x, {task: table[task].to_numpy().astype(np.float64) for task in TASKS}, names, categories
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="LightGBM on the census data.")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder that mtlrec prepare census wrote")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ...")
+    parser.add_argument("--split", default="test", help="rows that are scored (default: test)")
+    for name in ("learning_rate", "num_leaves", "min_data_in_leaf", "feature_fraction", "bagging_fraction"):
+        kind = type(PARAMETERS[name])
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=PARAMETERS[name])
+    arguments = parser.parse_args()
+    chosen = {key: value for key, value in vars(arguments).items() if key in PARAMETERS}
+    start = time.perf_counter()
+    x, y, names, categories = read(arguments.out / "train")
+    valid_x, valid_y, _, _ = read(arguments.out / "valid")
+    scored_x, scored_y, _, _ = read(arguments.out / arguments.split)
+    aucs: dict[str, list[float]] = {task: [] for task in TASKS}
+    trees: dict[str, list[int]] = {task: [] for task in TASKS}
+    for task in TASKS:
+        for seed in range(arguments.seeds):
+            parameters = PARAMETERS | chosen | {"seed": seed, "num_threads": _threads()}
+            learn = lightgbm.Dataset(
+                x, y[task], feature_name=names, categorical_feature=categories, params=parameters
+            )
+            model = lightgbm.train(
+                parameters,
+                learn,
+                num_boost_round=MOST_TREES,
+                valid_sets=[lightgbm.Dataset(valid_x, valid_y[task], reference=learn)],
+                callbacks=[lightgbm.early_stopping(PATIENCE, verbose=False)],
+            )
+            aucs[task].append(auc(scored_y[task], model.predict(scored_x)))
+            trees[task].append(model.best_iteration)
+    result = {
+        "model": f"lightgbm {lightgbm.__version__}",
+        "split": arguments.split,
+        "parameters": PARAMETERS | chosen,
+        "trees": trees,
+        "auc": aucs,
+        "mean": {task: statistics.fmean(values) for task, values in aucs.items()},
+        "sd": {task: statistics.stdev(v) if len(v) > 1 else None for task, v in aucs.items()},
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    print(json.dumps(result))
+
+
+def auc(labels: npt.NDArray[np.float64], scores: npt.NDArray[np.float64]) -> float:
+    """Share of the pairs of a positive and a negative row that are in order; a tie counts half."""
+    _, group, sizes = np.unique(scores, return_inverse=True, return_counts=True)
+    # The mean rank, from 1, of each group of equal scores.
+    ranks = np.cumsum(sizes) - (sizes - 1) / 2
+    positives = labels.sum()
+    return float(
+        (ranks[group][labels == 1].sum() - positives * (positives + 1) / 2)
+        / (positives * (len(labels) - positives))
+    )
+
+
+def _threads() -> int:
+    return int(os.environ.get("OMP_NUM_THREADS", "1"))
+
+
+if __name__ == "__main__":
+    main()
