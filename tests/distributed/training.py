@@ -26,14 +26,14 @@ def batches(schema: Schema, steps: int) -> list[Rows]:
     return [global_rows(schema, 96, seed, PRESENT[seed % len(PRESENT)]) for seed in range(steps)]
 
 
-def train(world: World, cases: dict[str, dict[str, Any]], steps: int) -> dict[str, Any]:
-    """`cases`: name -> changes to the example job. Results are named "<case>/<what>"."""
+def train(world: World, cases: dict[str, dict[str, Any]], steps: dict[str, int]) -> dict[str, Any]:
+    """`cases`: name -> changes to the example job; `steps` of each. Results are named "<case>/<what>"."""
     results: dict[str, Any] = {}
     schema = example_schema(example_job())
-    data = [(local(rows, schema, world), counts(rows)) for rows in batches(schema, steps)]
+    data = [(local(rows, schema, world), counts(rows)) for rows in batches(schema, max(steps.values()))]
     probe = local(global_rows(schema, 96, 10**6, 5), schema, world)
     for name, changes in cases.items():
-        for key, value in _train(world, example_job(**changes), data, probe).items():
+        for key, value in _train(world, example_job(**changes), data[: steps[name]], probe).items():
             results[f"{name}/{key}"] = value
     return results
 

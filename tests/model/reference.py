@@ -132,28 +132,25 @@ class PlainModel:
         return self.dense[f"{path}.shared.weight"]
 
     def factorization(self, x: torch.Tensor, scenario: torch.Tensor, task: int) -> torch.Tensor:
-        """He et al. 2017, equation 12, one row at a time: [B]."""
+        """He et al. 2017, equation 12: [B]."""
         section = self.job.model.backbone
         assert isinstance(section, Factorization)
-        parts = {each.table: x[:, each.start : each.start + each.width] for each in self.schema.lookups}
-        p, q = (parts[table] for table in section.factors)
-        taken = {*section.factors, *section.biases}
-        rest = [each for each in self.schema.lookups if each.table not in taken]
-        scores = []
-        for row in range(len(x)):
-            product = p[row] * q[row]
-            if "backbone.product" in self.dense:
-                product = product * self.dense["backbone.product"][task]
-            score = product.sum()
-            for table in section.biases:
-                score = score + parts[table][row, scenario[row]]
-            if section.hidden:
-                columns = [x[row, each.start : each.start + each.width] for each in rest]
-                columns.append(x[row, self.schema.embedding_width :])
-                hidden = self.perceptron(torch.cat(columns), "backbone.mlp", section.hidden)
-                score = score + hidden @ self.dense["backbone.last.weight"][task]
-            scores.append(score)
-        return torch.stack(scores)
+        parts = [(each.table, x[:, each.start : each.start + each.width]) for each in self.schema.lookups]
+        of_table = dict(parts)
+        p, q = (of_table[table] for table in section.factors)
+        product = p * q
+        if "backbone.product" in self.dense:
+            product = product * self.dense["backbone.product"][task]
+        score = product.sum(dim=1)
+        for table in section.biases:
+            score = score + of_table[table][torch.arange(len(x)), scenario]
+        if section.hidden:
+            taken = {*section.factors, *section.biases}
+            columns = [part for table, part in parts if table not in taken]
+            rest = torch.cat([*columns, x[:, self.schema.embedding_width :]], dim=1)
+            hidden = self.perceptron(rest, "backbone.mlp", section.hidden)
+            score = score + hidden @ self.dense["backbone.last.weight"][task]
+        return score
 
     def expert(self, x: torch.Tensor, expert: int) -> torch.Tensor:
         hidden = self.job.model.backbone.hidden
