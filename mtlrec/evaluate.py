@@ -53,6 +53,7 @@ def evaluate(
     row. Returns, on rank 0, the metrics by scenario and task and, where the data carries it, the best that
     any model could reach, in the same shape; on other ranks an empty dict and None.
     """
+    schema = schema.for_measuring()
     dataset = together(world, lambda: Dataset.open(url, schema.columns()))
     user = _user_column(schema)
     tasks = [(task.name, task.kind) for task in schema.tasks]

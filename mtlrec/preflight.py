@@ -75,7 +75,8 @@ def open_run(job: Job, holder: dict[str, Any], show: Show) -> tuple[Run, Lease] 
     schema = build_schema(job.schema_, job.model)
     _refuse_unknown_tables(job, schema)
     train = Dataset.open(job.data.train, schema.columns())
-    held_out = Dataset.open(job.data.eval, schema.columns()) if job.data.eval else None
+    measured = schema.for_measuring().columns()
+    held_out = Dataset.open(job.data.eval, measured) if job.data.eval else None
     if before is not None:
         _refuse_changed_data(job, train, before)
     # Nothing has been written so far: a job that is refused leaves no trace.
@@ -135,7 +136,7 @@ def open_checkpoint(
             raise InputError(f"--keys: {', '.join(unfit)} would be overwritten by the task of that name")
         Dataset.open(url, (*schema.columns(labels=False), *key_columns(task["keys"])))
     else:
-        Dataset.open(url, schema.columns())
+        Dataset.open(url, schema.for_measuring().columns())
     return job, task
 
 

@@ -175,6 +175,10 @@ class Schema:
             found += [Column(task.label, "label", f"schema.tasks.{task.name}") for task in self.tasks]
         return tuple(found)
 
+    def for_measuring(self) -> Schema:
+        """As evaluation sees it: sample weights are for training, and measured data need not have them."""
+        return replace(self, weight_column=None)
+
     def default_keys(self) -> list[str]:
         """The columns that say whom and what a prediction is about: user, item, scenario."""
         by_name = {feature.name: feature.column for feature in self.id_features}

@@ -99,7 +99,7 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
     journal.pause()
     saved = saved or saver.save(trainer, position, measured)
     if not stopped and measured is None and job.data.eval:
-        measured = evaluate(trainer.model, feed.schema, job.data.eval, job.data.batch_size, world, control)
+        measured = _evaluate(trainer, feed, world, control)
         if world.rank == 0:
             finish(saved, measured[0])
         journal.scalars(_scalars(measured[0]))
@@ -178,11 +178,7 @@ class _Saver:
 
 def _measure(trainer: Trainer, feed: Feed, judge: Judge, world: World, control: Control) -> Measured:
     """Score data.eval and let the judge decide, the same on every rank. A collective."""
-    url, batch_size = feed.job.data.eval, feed.job.data.batch_size
-    assert url is not None
-    measured = evaluate(
-        trainer.model, feed.schema, url, batch_size, world, control, vocabularies=feed.vocabularies
-    )
+    measured = _evaluate(trainer, feed, world, control)
 
     def decide() -> None:
         if world.rank == 0:
@@ -193,6 +189,14 @@ def _measure(trainer: Trainer, feed: Feed, judge: Judge, world: World, control: 
     if world.rank == 0:
         control.show({"kind": "log", "text": judge.describe(trainer.step)})
     return measured
+
+
+def _evaluate(trainer: Trainer, feed: Feed, world: World, control: Control) -> Measured:
+    data, known = feed.job.data, feed.vocabularies
+    assert data.eval is not None
+    return evaluate(
+        trainer.model, feed.schema, data.eval, data.batch_size, world, control, vocabularies=known
+    )
 
 
 def _best(run_url: str) -> dict[str, Any] | None:

@@ -77,5 +77,5 @@ def test_the_state_travels() -> None:
 
 @pytest.mark.parametrize("value", [None, float("nan")])
 def test_an_undefined_metric_is_refused(value: float | None) -> None:
-    with pytest.raises(InputError, match="click/auc is undefined on data.eval at step 7"):
+    with pytest.raises(InputError, match=r"click/auc is undefined on data\.eval at step 7"):
         judge_of().consider(metrics(auc=value), 7)

@@ -13,17 +13,19 @@ ROOT = Path(__file__).parents[1]
 # Above the first line no torch, above the second no ray.
 LAYERS = """
     __init__ job stack schema s3 storage metrics
-    data.ids data.order data.column_types data.shards data.columns data.windows data.statistics data.overview
+    data.ids data.vocabulary data.source data.labels data.order data.column_types data.shards data.columns
+    data.negatives data.windows data.statistics data.label_statistics data.overview
     data.population data.synthetic data.prepare
     checkpoint.layout checkpoint.folder checkpoint.manifest checkpoint.ranges checkpoint.lease
     checkpoint.starts checkpoint.inspect
-    preflight doctor control display
+    preflight judge doctor control display compare
     ---
-    quiet distributed batch data.reader lockstep model optimizers plan sharding objective
-    checkpoint.tensors checkpoint.save checkpoint.load
-    assembly evaluate predict journal train actions
+    quiet distributed batch data.reader lockstep share vocabularies interactions
+    model optimizers plan sharding objective
+    checkpoint.tensors checkpoint.vocabularies checkpoint.save checkpoint.load
+    assembly feed evaluate predict journal train actions
     ---
-    launch cli
+    launch commands cli
 """
 CLIENT, TORCH, RAY = (tier.split() for tier in LAYERS.split("---"))
 PLACES = CLIENT + TORCH + RAY

@@ -40,7 +40,8 @@ def measure_labels(job: Job, progress: Progress | None = None) -> SchemaSection:
     All are over the training rows that have the label and whose `given` task allows it, by sample weight. A
     prior counts the negatives that training draws for its task (as if every positive got all of them),
     and stays half a row's weight away from 0 and 1; a target without any label has mean 0, and one of a
-    single value std 1. Raises InputError, naming file, row group, row and column, for a label that may not be.
+    single value std 1. Raises InputError, naming file, row group, row and column, for a label that fits no
+    task.
     """
     schema = _labels_alone(job)
     dataset = Dataset.open(job.data.train, schema.columns())

@@ -139,9 +139,16 @@ class Job(Section):
                 raise ValueError(f"{where}.biases: {name} needs a column a scenario: dim {wanted}")
         if self.model.tower != Tower():
             raise ValueError("model.tower: a factorization's output is the score itself; leave tower out")
-        if not backbone.hidden and set(lookups) != {*backbone.factors, *backbone.biases}:
-            other = next(name for name in lookups if name not in {*backbone.factors, *backbone.biases})
-            raise ValueError(f"{where}.hidden: without an MLP nothing reads table {other!r}")
+        rest = [f"table {name}" for name in lookups if name not in (*backbone.factors, *backbone.biases)]
+        rest += [f"feature {name}" for name in schema.features if name not in ids]
+        if schema.scenario is not None and schema.scenario.as_feature:
+            rest.append("the scenario (schema.scenario.as_feature: false leaves it to the biases)")
+        if rest and not backbone.hidden:
+            raise ValueError(f"{where}.hidden: without an MLP nothing reads {rest[0]}")
+        if backbone.hidden and not rest:
+            raise ValueError(f"{where}.hidden: nothing is left for the MLP beside factors and biases")
+        if self.model.dropout and not backbone.hidden:
+            raise ValueError("model.dropout: a factorization without an MLP has no hidden layer")
         return self
 
     @model_validator(mode="after")

@@ -41,6 +41,16 @@ run:
   evaluate: {metric: [rank/ndcg@10, mx/rank/auc], patience: 3}
 """
 
+PLAIN = "\n".join(
+    [
+        "schema.features={user_id: {kind: id, tables: [user]}, item_id: {kind: id, tables: [item, item_bias]}}",
+        "data.negatives.features=[]",
+        "schema.scenario.as_feature=false",
+        "model.backbone.hidden=[]",
+    ]
+)
+"""Leaves nothing but user and item."""
+
 REFUSED = [
     (
         "schema.tables.item.min_count=3",
@@ -71,7 +81,12 @@ REFUSED = [
     ("model.backbone.biases=[item]", "model.backbone: a table stands twice", "biases"),
     ("schema.tables.user.dim=16", "model.backbone.factors: the tables have 16 and 32 columns", "one dim"),
     ("model.tower={hidden: [4]}", "model.tower:", "score itself"),
+    ("model.backbone.hidden=[]", "model.backbone.hidden: without an MLP nothing reads feature price", ""),
+    ("schema.features.x={kind: id, rows: 4}\nmodel.backbone.hidden=[]", "nothing reads table x", ""),
     ("model.backbone=deep", "model.backbone.kind: 'deep'", "factorization"),
+    (f"{PLAIN}\nmodel.backbone.hidden=[8]", "model.backbone.hidden: nothing is left", "biases"),
+    (f"{PLAIN}\nschema.scenario.as_feature=true", "nothing reads the scenario", "as_feature: false"),
+    (f"{PLAIN}\nmodel.dropout=0.1", "model.dropout:", "hidden layer"),
     ("model.dropout=1", "model.dropout:", "less than 1"),
     ("objective.balance=equal", "objective.balance:", "uncertainty"),
     ("data.eval=null", "run.evaluate: data.eval", "measure on"),
@@ -92,7 +107,7 @@ def parse(*overrides: str) -> Job:
 @pytest.mark.parametrize(("override", "start", "end"), REFUSED, ids=[each[0] for each in REFUSED])
 def test_what_does_not_fit_is_one_line(override: str, start: str, end: str) -> None:
     with pytest.raises(InputError) as caught:
-        parse(override)
+        parse(*override.split("\n"))
     message = str(caught.value)
     assert start in message and end in message.split(start)[1], message
     assert "\n" not in message and message.startswith("job.yaml: ")
