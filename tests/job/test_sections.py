@@ -43,7 +43,7 @@ run:
 
 PLAIN = "\n".join(
     [
-        "schema.features={user_id: {kind: id, tables: [user]}, item_id: {kind: id, tables: [item, item_bias]}}",
+        "schema.features={user_id: {kind: id, tables: [user]}, item_id: {kind: id, tables: [item, item_bias]}}",  # noqa: E501
         "data.negatives.features=[]",
         "schema.scenario.as_feature=false",
         "model.backbone.hidden=[]",
