@@ -178,7 +178,7 @@ def _score_of(found: Checkpoint) -> float | None:
     """Of a manifest that cannot be read, None: a broken checkpoint is nobody's best."""
     with contextlib.suppress(FileNotFoundError):
         text = storage.read(storage.join(found.url, MANIFEST))
-        with contextlib.suppress(ValueError, RecursionError, TypeError, KeyError):
+        with contextlib.suppress(ValueError, RecursionError, TypeError, KeyError, AttributeError):
             meta = json.loads(text)["meta"]
             # A run that measures itself has said by what (run.evaluate.metric).
             return score(meta["metrics"]) if meta.get("score") is None else float(meta["score"])
