@@ -5,12 +5,15 @@ One, two and three workers and a resume train the same rows with the same draws 
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from mtlrec.job.job import job_from_dict
+from mtlrec.preflight import open_run
 from tests.distributed.processes import Results, run_processes
 from tests.distributed.test_training import recorded_rows
 from tests.small_data import small_job, write_small_data
@@ -98,41 +101,37 @@ class Session:
         self.folder, self.data = folder, folder / "data"
         write_small_data(self.data)
         self.trained: dict[str, dict[str, Any]] = {}
-        straight = {workers: self._calls(f"{workers} straight", 40) for workers in (1, 2, 3)}
-        begun = [call for to in (1, 2, 3) for call in self._calls(f"to {to}", 20)]
-        self._run(2, [*straight[2], *begun])
-        self._run(1, [*straight[1], *self._calls("to 1", 40)])
-        self._run(3, [*straight[3], *self._calls("to 3", 40)])
-        self._run(2, self._calls("to 2", 40))
+        labels = [f"to {to} {name}" for to in (1, 2, 3) for name in BACKBONES]
+        two = [f"to 2 {name}" for name in BACKBONES]
+        # Importing takes seconds, so each number of workers is one group of processes.
+        self._run(
+            2, [(name, 40) for name in self._straight(2)] + [(n, 20) for n in labels] + [(n, 40) for n in two]
+        )
+        for workers in (1, 3):
+            resumed = [f"to {workers} {name}" for name in BACKBONES]
+            self._run(workers, [(name, 40) for name in [*self._straight(workers), *resumed]])
 
-    def _calls(self, label: str, steps: int) -> list[tuple[str, dict[str, Any]]]:
-        return [
-            (
-                f"{label} {name} {steps}",
-                everything(self.data, self.folder / "runs", f"{label}-{name}".replace(" ", "-"), name, steps),
-            )
-            for name in BACKBONES
-        ]
+    def _straight(self, workers: int) -> list[str]:
+        return [f"{workers} straight {name}" for name in BACKBONES]
 
-    def _run(self, workers: int, jobs: list[tuple[str, dict[str, Any]]]) -> None:
-        from mtlrec.job.job import job_from_dict
-        from mtlrec.preflight import open_run
-
+    def _run(self, workers: int, jobs: list[tuple[str, int]]) -> None:
         calls = []
-        for _, raw in jobs:
+        for attempt, (label, steps) in enumerate(jobs, 1):
+            name, backbone = label.replace(" ", "-"), label.rsplit(" ", 1)[1]
+            raw = everything(self.data, self.folder / "runs", name, backbone, steps)
             opened = open_run(job_from_dict(raw, "test"), {"command": "test"}, lambda event: None)
             assert isinstance(opened, tuple)
             run, lease = opened
             lease.release()
-            calls.append(
-                {"job": run.job, "url": run.url, "attempt": run.attempt, "fingerprint": run.fingerprint}
-            )
-        number = len(list(self.folder.glob("group*")))
+            calls.append({**asdict(run), "attempt": attempt})
         results = run_processes(
-            f"{HERE}:work", workers, self.folder / f"group{number}", {"calls": calls}, timeout=400
+            f"{HERE}:work", workers, self.folder / f"group{workers}", {"calls": calls}, timeout=400
         )[0]
-        for index, (label, _) in enumerate(jobs):
-            self.trained[label] = {**results["results"][index], "losses": results[f"losses{index}"]}
+        for index, (label, steps) in enumerate(jobs):
+            self.trained[f"{label} {steps}"] = {
+                **results["results"][index],
+                "losses": results[f"losses{index}"],
+            }
 
 
 @pytest.fixture(scope="module")
