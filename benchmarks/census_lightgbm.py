@@ -1,12 +1,12 @@
 """Gradient-boosted trees on the census data: the line that docs/results.md prints beside mtlrec's.
 
-    pip install lightgbm pyarrow
+    pip install -e '.[docs]'
     python -m benchmarks.census_lightgbm OUT --seeds 3
 
 Reads the Parquet that `mtlrec prepare census` wrote to OUT, and imports nothing of mtlrec. One model a
 task: the codes are categorical features; the seven numbers and the year are numbers. Trees are added until
 the AUC on valid has not risen for `PATIENCE` of them; the best count of trees scores the test rows, once.
-LightGBM is no dependency of mtlrec: whoever wants this line installs it. Prints one JSON line with the AUC.
+LightGBM is an extra of mtlrec that nothing else needs. Prints one JSON line with the AUC.
 
 N rows of a split, F features.
 """
@@ -17,11 +17,12 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import lightgbm  # type: ignore[import-not-found]
+import lightgbm
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -59,25 +60,21 @@ def read(folder: Path) -> tuple[Matrix, dict[str, npt.NDArray[np.float64]], list
     return x, {task: table[task].to_numpy().astype(np.float64) for task in TASKS}, names, categories
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="LightGBM on the census data.")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder that mtlrec prepare census wrote")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ...")
-    parser.add_argument("--split", default="test", help="rows that are scored (default: test)")
-    for name in ("learning_rate", "num_leaves", "min_data_in_leaf", "feature_fraction", "bagging_fraction"):
-        kind = type(PARAMETERS[name])
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=PARAMETERS[name])
-    arguments = parser.parse_args()
-    chosen = {key: value for key, value in vars(arguments).items() if key in PARAMETERS}
+def measure(
+    out: Path, seeds: int, split: str = "test", chosen: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """AUC of both tasks on a split of the folder `out`, for the seeds 0, 1, ...; `chosen` over PARAMETERS."""
     start = time.perf_counter()
-    x, y, names, categories = read(arguments.out / "train")
-    valid_x, valid_y, _, _ = read(arguments.out / "valid")
-    scored_x, scored_y, _, _ = read(arguments.out / arguments.split)
+    settings = PARAMETERS | (chosen or {})
+    x, y, names, categories = read(out / "train")
+    valid_x, valid_y, _, _ = read(out / "valid")
+    scored_x, scored_y, _, _ = read(out / split)
     aucs: dict[str, list[float]] = {task: [] for task in TASKS}
+    on_valid: dict[str, list[float]] = {task: [] for task in TASKS}
     trees: dict[str, list[int]] = {task: [] for task in TASKS}
     for task in TASKS:
-        for seed in range(arguments.seeds):
-            parameters = PARAMETERS | chosen | {"seed": seed, "num_threads": _threads()}
+        for seed in range(seeds):
+            parameters = settings | {"seed": seed, "num_threads": _threads()}
             learn = lightgbm.Dataset(
                 x, y[task], feature_name=names, categorical_feature=categories, params=parameters
             )
@@ -89,18 +86,33 @@ def main() -> None:
                 callbacks=[lightgbm.early_stopping(PATIENCE, verbose=False)],
             )
             aucs[task].append(auc(scored_y[task], model.predict(scored_x)))
+            on_valid[task].append(auc(valid_y[task], model.predict(valid_x)))
             trees[task].append(model.best_iteration)
-    result = {
+            print(f"{task}, seed {seed}: {aucs[task][-1]:.5f}", file=sys.stderr, flush=True)
+    return {
         "model": f"lightgbm {lightgbm.__version__}",
-        "split": arguments.split,
-        "parameters": PARAMETERS | chosen,
+        "split": split,
+        "parameters": settings,
         "trees": trees,
         "auc": aucs,
+        "valid": on_valid,
         "mean": {task: statistics.fmean(values) for task, values in aucs.items()},
         "sd": {task: statistics.stdev(v) if len(v) > 1 else None for task, v in aucs.items()},
         "seconds": round(time.perf_counter() - start, 1),
     }
-    print(json.dumps(result))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="LightGBM on the census data.")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder that mtlrec prepare census wrote")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ...")
+    parser.add_argument("--split", default="test", help="rows that are scored (default: test)")
+    for name in ("learning_rate", "num_leaves", "min_data_in_leaf", "feature_fraction", "bagging_fraction"):
+        kind = type(PARAMETERS[name])
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=PARAMETERS[name])
+    arguments = parser.parse_args()
+    chosen = {key: value for key, value in vars(arguments).items() if key in PARAMETERS}
+    print(json.dumps(measure(arguments.out, arguments.seeds, arguments.split, chosen)))
 
 
 def auc(labels: npt.NDArray[np.float64], scores: npt.NDArray[np.float64]) -> float:
