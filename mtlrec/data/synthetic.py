@@ -65,9 +65,10 @@ schema:
   user: user_id
   item: item_id
   features:
-    user_id: {{kind: id, ids: identity, rows: {users}}}
-    item_id: {{kind: id, ids: identity, rows: {items}}}
-    category: {{kind: id, ids: identity, rows: {categories}}}
+    # Whom and what takes several factors; a context that only adds to the logit is learnt in four columns.
+    user_id: {{kind: id, ids: identity, rows: {users}, dim: 16}}
+    item_id: {{kind: id, ids: identity, rows: {items}, dim: 16}}
+    category: {{kind: id, ids: identity, rows: {categories}, dim: 8}}
     hour: {{kind: id, ids: identity, rows: {hours}}}
     device: {{kind: id, rows: 256}}
     city: {{kind: id, rows: {city_rows}}}
@@ -83,18 +84,21 @@ schema:
     # let each of them pull the tables many times as hard as a click does.
     click: {{kind: binary}}
     buy: {{kind: binary, weight: 0.1}}
-    rating: {{kind: regression, weight: 0.01}}
+    rating: {{kind: regression, weight: 0.05}}
 data:
   train: train
   eval: valid
   batch_size: {batch_size}
 model:
-  dim: 16
-  backbone: {{kind: mmoe, experts: 4, hidden: [128, 64]}}
+  dim: 4
+  table_init: 0.01
+  backbone: {{kind: ple, shared_experts: 2, task_experts: 1, hidden: [128, 64], scenario_gates: true}}
   tower: {{hidden: [32]}}
+objective:
+  embedding_l2: 0.001
 optimizer:
   tables: {{kind: rowwise_adagrad, lr: 0.2}}
-  dense: {{kind: adam, lr: {lr}}}
+  dense: {{kind: adam, lr: {lr}, schedule: {{decay: linear, decay_steps: {steps}, floor: 0.05}}}}
 run:
   storage: runs
   workers: 2
@@ -359,6 +363,7 @@ def _job_text(
         signals=SIGNALS,
         batch_size=batch_size,
         lr=0.004 if batch_size == 4096 else 0.002,
+        steps=epochs * -(-rows // batch_size),
         epochs=epochs,
     )
 
