@@ -9,19 +9,28 @@ from typing import Any
 RECIPE: dict[str, Any] = {
     "dim": 32,
     "table_init": 0.01,
-    "table_lr": 0.05,
-    "embedding_l2": 0.01,
-    "batch_size": 1024,
-    "epochs": 60,
-    "patience": 5,
+    "table_lr": 0.2,
+    "embedding_l2": 0.004,
+    "batch_size": 512,
+    "epochs": 100,
+    "every_epochs": 4,
+    "patience": 4,
     "per_positive": 4,
 }
-"""Chosen on valid."""
+"""One for all markets, chosen on valid; docs/xmarket.md says what was tried."""
+
+EXPECTED = {
+    "de": ("2 minutes", "0.392"),
+}
+"""Markets of a job -> its time on one core of two, and nDCG@10 on their test rows: of Electronics, by
+`python -m benchmarks.results_xmarket`."""
+UNKNOWN = ("minutes", "docs/xmarket.md has it for ca, de, mx, uk")
 
 _JOB = """\
 # XMarket, {what}: whom a user rated next, among up to 100 candidates. From this folder:
 #   mtlrec train {file} --workers 0     (without --workers 0: on Ray)
 #   mtlrec evaluate runs/{name} --data {folder}/test
+# Expected time, with Electronics on one core: {time}. Expected metric, interaction/ndcg@10 on test: {metric}.
 # `mtlrec prepare xmarket` wrote this; docs/xmarket.md has the protocol.
 name: {name}
 seed: 0
@@ -53,17 +62,20 @@ optimizer:
 run:
   workers: 2
   epochs: {epochs}
-  evaluate: {{every_epochs: 1, metric: [interaction/ndcg@10], patience: {patience}}}
+  evaluate: {{every_epochs: {every_epochs}, metric: [interaction/ndcg@10], patience: {patience}}}
 """
 
 
 def job_text(file: str, folder: str, markets: Sequence[str]) -> str:
     """YAML of the job `file`, which trains on `markets` from `folder`/train."""
+    time, metric = EXPECTED.get(" ".join(sorted(markets)), UNKNOWN)
     return _JOB.format(
         file=file,
         what=f"market {markets[0]}" if folder == markets[0] else f"{len(markets)} markets together",
         name=f"xmarket-{folder}",
         folder=folder,
+        time=time,
+        metric=metric,
         # In quotes: `no` is a market, and YAML's false.
         markets=", ".join(json.dumps(market) for market in markets),
         # fbgemm wants a multiple of 4.
