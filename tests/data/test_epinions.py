@@ -30,7 +30,8 @@ from mtlrec.preflight import read_job
 from mtlrec.schema import Column
 
 ROOT = Path(__file__).parents[2]
-SPLITS = ("train", "valid", "test")
+SPLITS = ("earlier", "train", "valid", "test")
+ROWS_OF = {"earlier": 470_991, "train": 313_448, "valid": 64_485, "test": 73_343}
 ROWS = 400
 
 
@@ -59,10 +60,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 def test_published_splits_and_labels(prepared: Any) -> None:
     out, made, events = prepared
     splits = {split: pq.read_table(out / split) for split in SPLITS}
-    assert made == {"out": str(out), "rows": {"train": 784_439, "valid": 64_485, "test": 73_343}}
+    assert made == {"out": str(out), "rows": ROWS_OF}
     source = pq.read_table(published() / FILE)
     everyone = pa.concat_tables(splits.values())
-    times = {"train": range(1, 9), "valid": [9], "test": [10, 11]}
+    times = {"earlier": [1, 2], "train": range(3, 9), "valid": [9], "test": [10, 11]}
     for split, table in splits.items():
         kept = source.filter(pc.is_in(source["time"], pa.array(times[split], pa.int32())))
         assert table.select(list(RANGES)).equals(kept.select(list(RANGES)))

@@ -1,0 +1,164 @@
+"""Where sharing between tasks and knowing the scenario help on Epinions: the block of docs/epinions.md.
+
+    python -m benchmarks.results_epinions SRC WORK --seeds 3
+
+SRC holds epinions_ratings.parquet; WORK gets the prepared data and the runs, and the same command goes on
+there. Trains the four jobs that `mtlrec prepare epinions` writes (both tasks, each alone, both without the
+scenario) with every seed; each run is measured on test at the checkpoint that was best on valid.
+Beside them stand two baselines: a row's score is the mean label of its user, or of its item, over all rows
+before valid; the mean over all of these rows where there is none. The intervals are user-paired bootstraps
+of the first seed's models (`mtlrec evaluate A --against B`). Expected: 3 minutes a seed on one free core, and
+2 for the intervals.
+
+Prints one block of markdown, and a line of JSON with `met`. N rows of the test, M rows before valid.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks.commands import mtlrec, prepare, table
+from mtlrec.data.prepare.epinions_job import JOBS
+from mtlrec.metrics.sketch import ScoreSketch
+
+TASKS = ("like", "helpful")
+LEAST_POSITIVES = 100
+"""Scenarios with fewer positive test rows are left out."""
+BASELINES = {"user mean": "user_id", "item mean": "item_id"}
+JOINT, NO_SCENARIO = "job.yaml", "job_no_scenario.yaml"
+ALONE = {"like": "job_like.yaml", "helpful": "job_helpful.yaml"}
+
+Tree = dict[str, dict[str, dict[str, Any]]]
+"""Scenario -> task -> metric, or baseline -> value."""
+
+
+def train(data: Path, seeds: int) -> dict[str, list[dict[str, Any]]]:
+    """Job file -> its runs by seed, as `mtlrec compare` gives them, measured on test."""
+    found = {}
+    for file in JOBS:
+        name = JOBS[file][0]
+        out = data / "runs" / f"results-{name}"
+        options = ("--seeds", str(seeds), "--workers", "0", "--data", data / "test", "--out", out)
+        (row,) = mtlrec("compare", data / file, *options)["variations"]
+        found[file] = list(row["runs"].values())
+    return found
+
+
+def against(first: Path, second: Path, data: Path) -> Tree:
+    """How much better `first` is than `second` on test, as `mtlrec evaluate first --against second` says."""
+    return dict(mtlrec("evaluate", first, "--against", second, "--data", data / "test")["differences"])
+
+
+def baselines(data: Path) -> Tree:
+    """AUC on test of the mean label of the row's user and item before valid."""
+    columns = [*BASELINES.values(), "category_id", *TASKS]
+    before = pa.concat_tables(
+        [pq.read_table(data / split, columns=columns) for split in ("earlier", "train")]
+    )
+    test = pq.read_table(data / "test", columns=columns)
+    scenario = test["category_id"].to_numpy()
+    parts = {"all": np.ones(len(scenario), np.bool_)}
+    parts |= {str(each): scenario == each for each in np.unique(scenario)}
+    found: Tree = {part: {task: {} for task in TASKS} for part in parts}
+    for name, column in BASELINES.items():
+        for task in TASKS:
+            scores = means(before[column].to_numpy(), before[task].to_numpy(), test[column].to_numpy())
+            positive = test[task].to_numpy() == 1
+            for part, rows in parts.items():
+                sketch = ScoreSketch()
+                sketch.update(scores[rows], positive[rows])
+                found[part][task][name] = sketch.auc()
+    return found
+
+
+def means(
+    keys: npt.NDArray[np.int32], labels: npt.NDArray[np.int8], asked: npt.NDArray[np.int32]
+) -> npt.NDArray[np.float32]:
+    """[N]: mean of `labels` [M] over the rows whose `keys` [M] are `asked` [N]; over all where none are."""
+    highest = int(max(keys.max(), asked.max()))
+    count = np.bincount(keys, minlength=highest + 1)
+    total = np.bincount(keys, labels, minlength=highest + 1)
+    mean = np.where(count > 0, total / np.maximum(count, 1), labels.mean())
+    return mean[asked].astype(np.float32)
+
+
+def verdict(difference: Mapping[str, Any]) -> str:
+    """`helps`, `hurts`, or `?` where the interval holds 0."""
+    if difference["low"] > 0:
+        return "helps"
+    return "hurts" if difference["high"] < 0 else "?"
+
+
+def block(task: str, single: Tree, without: Tree, metrics: Tree, base: Tree) -> str:
+    """The table of `task`: over all rows, then each scenario with enough positives, the largest first."""
+    enough = [part for part in metrics if metrics[part].get(task, {}).get("positives", 0) >= LEAST_POSITIVES]
+    rows = []
+    for part in sorted(enough, key=lambda part: (part != "all", -metrics[part][task]["rows"])):
+        measured = metrics[part][task]
+        alone, blind = single[part][task]["auc"], without[part][task]["auc"]
+        cells = [part, f"{measured['rows']:,}", f"{measured['positives']:,}", f"{alone['a']:.4f}"]
+        for other in (alone, blind):
+            cells += [f"{other['b']:.4f}", interval(other), verdict(other)]
+        cells += [f"{base[part][task][name]:.4f}" for name in BASELINES]
+        rows.append(cells)
+    head = [task, "rows", "positives", "joint", "single-task", "joint - single-task", "sharing"]
+    return table([*head, "no scenario", "joint - no scenario", "knowing it", *BASELINES], rows)
+
+
+def interval(difference: Mapping[str, Any]) -> str:
+    return f"{difference['difference']:+.4f} [{difference['low']:+.4f}, {difference['high']:+.4f}]"
+
+
+def over_seeds(runs: Mapping[str, list[dict[str, Any]]]) -> str:
+    """AUC over all test rows of every model: mean ± sample deviation over seeds."""
+    rows = []
+    for file, each in runs.items():
+        cells = [JOBS[file][0]]
+        for task in TASKS:
+            known = task in JOBS[file][1]
+            cells.append(_spread([run["metrics"]["all"][task]["auc"] for run in each]) if known else "")
+        rows.append([*cells, str(len(each)), f"{statistics.fmean(run['seconds'] for run in each):.0f}"])
+    return table(["AUC, all test rows", *TASKS, "seeds", "seconds"], rows)
+
+
+def _spread(values: list[float]) -> str:
+    mean = f"{statistics.fmean(values):.4f}"
+    return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Where sharing and scenarios help on Epinions.")
+    parser.add_argument("source", type=Path, metavar="SRC", help="folder of epinions_ratings.parquet")
+    parser.add_argument("work", type=Path, metavar="WORK", help="gets data, runs and measurements")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of every model")
+    arguments = parser.parse_args()
+    data = prepare("epinions", arguments.source, arguments.work.resolve())
+    runs = train(data, arguments.seeds)
+    first = {file: Path(each[0]["run_dir"]) for file, each in runs.items()}
+    differences = {file: against(first[JOINT], first[file], data) for file in (*ALONE.values(), NO_SCENARIO)}
+    metrics: Tree = runs[JOINT][0]["metrics"]
+    base = baselines(data)
+    for task, file in ALONE.items():
+        print(block(task, differences[file], differences[NO_SCENARIO], metrics, base), end="\n\n")
+    print(over_seeds(runs), end="\n\n")
+    joint = {
+        task: statistics.fmean(run["metrics"]["all"][task]["auc"] for run in runs[JOINT]) for task in TASKS
+    }
+    met = {
+        f"{task} above {name}": joint[task] > base["all"][task][name] for task in TASKS for name in BASELINES
+    }
+    print(json.dumps({"met": met, "joint": joint, "differences": differences, "baselines": base}))
+
+
+if __name__ == "__main__":
+    main()
