@@ -240,10 +240,12 @@ def test_a_loss_that_is_not_finite_fails_the_run_and_keeps_the_last_checkpoint(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = str(home / "job.yaml")
-    assert main(["train", job, "--set", "run.max_steps=2"]) == 0
     change(home, "rating", lambda table: pa.array(np.full(table.num_rows, 1e30)), shard=0)
     change(home, "rating", lambda table: pa.array(np.full(table.num_rows, 1e30)), shard=1)
-    assert main(["train", job, "--name", "diverged"]) == 1
+    # Measured, mean and deviation would bring even these labels back to where the model can learn them.
+    assert main(["train", job, "--set", "run.max_steps=2"]) == 0
+    as_it_is = ["--set", "schema.tasks.rating={kind: regression, mean: 0.0, std: 1.0}"]
+    assert main(["train", job, "--name", "diverged", *as_it_is]) == 1
     assert "the loss of task rating is" in capsys.readouterr().err
     assert not (home / "runs" / "diverged" / "checkpoints").exists()
 
@@ -257,3 +259,159 @@ def test_a_run_that_went_on_after_its_end_is_not_finished(
     assert main(["train", job, "--set", "run.max_steps=2", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["steps"], result.get("already_finished")) == (4, None)
+
+
+OF_LEARNING = {
+    "unknown balance": ("objective.balance=uncertain", ["objective.balance", "'weights' or 'uncertainty'"]),
+    "field of another backbone": (
+        "model.backbone={kind: ple, experts: 3}",
+        ["backbone.experts", "task_experts"],
+    ),
+    "no factors": ("model.backbone=factorization", ["model.backbone.factors", "required"]),
+    "unknown factor": (
+        "model.backbone={kind: factorization, factors: [user_id, nosuch]}",
+        ["model.backbone.factors", "'nosuch'", "user_id"],
+    ),
+    "decay of tables": ("optimizer.tables.weight_decay=0.1", ["weight_decay: unknown field", "lr"]),
+    "given nothing": ("schema.tasks.rating={kind: regression, given: buy}", ["rating.given", "'buy'"]),
+    "given a regression": ("schema.tasks.click={kind: binary, given: rating}", ["click.given", "'rating'"]),
+    "given itself": ("schema.tasks.click={kind: binary, given: click}", ["click -> click", "circle"]),
+    "mean without std": ("schema.tasks.rating={kind: regression, mean: 3}", ["tasks.rating", "std"]),
+    "pairs without negatives": ("schema.tasks.click={kind: pairwise}", ["data.negatives", "per_positive"]),
+    "negatives of a regression": ("data.negatives={task: rating}", ["data.negatives.task", "'rating'"]),
+    "negatives with the user": (
+        "data.negatives={task: click, features: [user_id]}",
+        ["data.negatives.features", "'user_id'"],
+    ),
+    "all rows reserved": (
+        "schema.features.item_id={kind: id, ids: vocabulary, rows: 5, reserved: 5}",
+        ["item_id.rows: 5", "reserved"],
+    ),
+    "minimum of a hash": (
+        "schema.features.item_id={kind: id, rows: 9, min_count: 2}",
+        ["schema.features.item_id", "vocabulary"],
+    ),
+    "table that nobody reads": ("schema.tables={extra: {rows: 9}}", ["schema.tables.extra", "no feature"]),
+    "unknown table": ("schema.features.item_id={kind: id, tables: [a]}", ["item_id.tables", "'a'"]),
+    "weight that is missing": ("schema.weight=trust", ["part-0.parquet", "'trust'", "schema.weight"]),
+    "weight of text": ("schema.weight=country", ["part-0.parquet", "'country'", "string"]),
+    "mistyped metric": ("run.evaluate={metric: [click/acu]}", ["'click/acu'", "auc, gauc"]),
+    "metric of no task": ("run.evaluate={metric: [clik/auc]}", ["'clik/auc'", "click, rating"]),
+    "metric of no scenario": ("run.evaluate={metric: [fr/click/auc]}", ["'fr'", "ca, de, mx"]),
+    "metrics of two sorts": ("run.evaluate={metric: [click/auc, rating/rmse]}", ["larger", "smaller"]),
+    "two intervals": ("run.evaluate={metric: [click/auc], every_steps: 5, every_epochs: 1}", ["not both"]),
+    "nothing to measure on": ("run.evaluate={metric: [click/auc]}", ["run.evaluate", "data.eval"]),
+    "a seed twice": ("run.seeds=[1, 1]", ["1, 1", "twice"]),
+}
+
+
+@pytest.mark.parametrize("case", OF_LEARNING)
+def test_a_wrong_choice_of_learning_is_named(
+    home: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    override, words = OF_LEARNING[case]
+    job = [str(home / "job.yaml"), "--set", override, "--workers", "0"]
+    if "nothing" not in case:
+        write_small_data(home / "test", rows=60, shards=1)
+        job += ["--set", f"data.eval={home}/test"]
+    line = refused(capsys, "train", *job)
+    for word in words:
+        assert word in line, line
+    assert not (home / "runs").exists()
+
+
+VOCABULARY = "schema.features.{}={{kind: id, ids: vocabulary, min_count: {}}}"
+
+
+def every_shard(home: Path, column: str, values: Callable[[pa.Table], pa.Array]) -> None:
+    for shard in range(4):
+        change(home, column, values, shard)
+
+
+WHAT_THE_DATA_LACKS = {
+    "no id often enough": (
+        lambda home: None,
+        [VOCABULARY.format("item_id", 1000)],
+        ["table 'item_id'", "1000 times", "history, item_id"],
+    ),
+    "no id at all": (
+        lambda home: every_shard(home, "user_id", lambda table: pa.nulls(len(table), pa.int64())),
+        [VOCABULARY.format("user_id", 1)],
+        ["table 'user_id'", "no id"],
+    ),
+    "ids of two kinds in a column": (
+        lambda home: change(home, "item_id", lambda table: pa.array(range(len(table)))),
+        [VOCABULARY.format("item_id", 1)],
+        ["part-2.parquet", "'item_id'", "integers"],
+    ),
+    "ids of two kinds in a table": (
+        lambda home: None,
+        [
+            "schema.tables={both: {ids: vocabulary}}",
+            "schema.features.user_id={kind: id, tables: [both]}",
+            "schema.features.item_id={kind: id, tables: [both]}",
+            "schema.features.history={kind: id_list, table: both}",
+        ],
+        ["table 'both'", "integers"],
+    ),
+    "no positive": (
+        lambda home: every_shard(home, "click", lambda table: pa.array([0] * len(table))),
+        ["data.negatives={task: click}"],
+        ["'click'", "data.negatives"],
+    ),
+    "half a label": (
+        lambda home: change(home, "click", one_value(0.5, pa.float64())),
+        ["schema.tasks={click: {kind: pairwise}}", "data.negatives={task: click}"],
+        ["part-2.parquet", "row group 1", "click: 0.5", "pairwise"],
+    ),
+    "no weight": (
+        lambda home: change(home, "weight", one_value(None, pa.float32(), 1)),
+        ["schema.weight=weight"],
+        ["part-2.parquet", "row group 1", "column weight", "null"],
+    ),
+    "a negative weight": (
+        lambda home: change(home, "weight", one_value(-1, pa.float32(), 1)),
+        ["schema.weight=weight"],
+        ["part-2.parquet", "row group 1", "column weight", "-1"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WHAT_THE_DATA_LACKS)
+def test_data_that_cannot_be_learnt_from_as_asked_is_named(
+    home: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    spoil, overrides, words = WHAT_THE_DATA_LACKS[case]
+    spoil(home)
+    sets = [argument for override in overrides for argument in ("--set", override)]
+    line = refused(capsys, "train", str(home / "job.yaml"), *sets)
+    for word in words:
+        assert word in line, line
+    assert not list(home.glob("runs/*/checkpoints/*"))
+
+
+def test_other_negatives_are_refused_on_resume(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = ["train", str(home / "job.yaml"), "--set", "data.negatives={task: click, per_positive: 2}"]
+    assert main([*job, "--set", "run.max_steps=2"]) == 0
+    line = refused(capsys, *job, "--set", "data.negatives.per_positive=3")
+    assert "data.negatives.per_positive was 2, is 3" in line and "another name" in line
+    assert main([*job, "--set", "run.max_steps=3"]) == 0
+
+
+def test_a_comparison_that_makes_no_sense_is_refused_before_a_run(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compare = ["compare", str(home / "job.yaml"), "--data", str(home / "train"), "--workers", "0"]
+    for options, words in (
+        (["--vary", "model.bakbone=ple"], "model.bakbone: unknown field"),
+        (["--vary", "model.backbone=ple,nosuch"], "--vary model.backbone=nosuch"),
+        (["--vary", "model.backbone="], "--vary model.backbone="),
+        (["--vary", "model.backbone=ple,ple"], "ple stands twice"),
+        (["--vary", "seed=1,2"], "--seeds"),
+        (["--seeds", "0"], "--seeds 0"),
+        (["--metric", "click/acu"], "--metric click/acu"),
+        (["--parallel", "0"], "--parallel 0"),
+        (["--data", str(home / "nowhere")], "nowhere"),
+    ):
+        assert words in refused(capsys, *compare, *options)
+    assert not (home / "runs").exists()
