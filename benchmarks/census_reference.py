@@ -1,22 +1,24 @@
 """The census recipe in plain PyTorch: what mtlrec's own numbers on this data are held against.
 
-    python -m benchmarks.census_reference OUT --backbone mmoe --seeds 3
+    python -m benchmarks.census_reference OUT --backbone shared_bottom --seeds 3
 
 Reads the jobs and the Parquet that `mtlrec prepare census` wrote to OUT, and imports nothing of mtlrec:
-features, model, loss and both optimizers are written out here. Shuffling and starting weights are torch's, so
-only averages over seeds can be compared. Prints one JSON line with the AUC on the test rows.
+features, model, loss and both optimizers are written out here. Shuffling, dropout and starting weights are
+torch's, so only averages over seeds can be compared. The epoch that is best on valid, by the mean of both
+AUCs, is scored on the test rows. Prints one JSON line with their AUC.
 
 N rows of a split, B batch rows, F id features, D embedding dim, I trunk input width, H hidden, T tasks,
-E experts.
+E experts that a gate mixes.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
-import math
 import os
 import statistics
+import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -74,39 +76,74 @@ class Data:
 
 
 class Model(nn.Module):
-    """Ids [B, F] and numbers -> logits [B, T]."""
+    """Ids [B, F] and numbers -> logits [B, T]. `rates` [T]: how often each task is positive in training."""
 
-    def __init__(self, job: dict[str, Any], data: Data) -> None:
+    def __init__(self, job: dict[str, Any], data: Data, rates: torch.Tensor) -> None:
         super().__init__()
-        model, num_tasks = job["model"], len(job["schema"]["tasks"])
-        dim = model["dim"]
+        model, num_tasks = job["model"], len(rates)
+        dim, dropout = model["dim"], model["dropout"]
         self.table = nn.Embedding(sum(data.tables), dim)
         nn.init.uniform_(self.table.weight, -model["table_init"], model["table_init"])
-        inputs = len(data.tables) * dim + data.num_numbers
-        backbone = model["backbone"]
-        hidden = backbone["hidden"]
-        self.gates = nn.ModuleList()
-        if backbone["kind"] == "mmoe":
-            self.experts = nn.ModuleList(_mlp([inputs, *hidden]) for _ in range(backbone["experts"]))
-            for _ in range(num_tasks):
-                self.gates.append(nn.Linear(inputs, backbone["experts"], bias=False))
-        elif backbone["kind"] == "shared_bottom":
-            self.trunk = _mlp([inputs, *hidden])
-        else:
-            raise ValueError(f"backbone {backbone['kind']} has no reference")
-        tower = [hidden[-1], *model["tower"]["hidden"]]
-        self.towers = nn.ModuleList(
-            nn.Sequential(_mlp(tower), nn.Linear(tower[-1], 1)) for _ in range(num_tasks)
+        self.backbone = _backbone(
+            model["backbone"], len(data.tables) * dim + data.num_numbers, num_tasks, dropout
         )
+        tower = [model["backbone"]["hidden"][-1], *model["tower"]["hidden"]]
+        outputs = [nn.Linear(tower[-1], 1) for _ in range(num_tasks)]
+        for output, rate in zip(outputs, rates, strict=True):
+            # Before anything is learnt, each task is as probable as its label is frequent.
+            nn.init.constant_(output.bias, float(rate.logit()))
+        self.towers = nn.ModuleList(nn.Sequential(_mlp(tower, dropout), output) for output in outputs)
 
     def forward(self, ids: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         x = torch.cat([self.table(ids).flatten(1), numbers], dim=1)
-        if len(self.gates):
-            experts = torch.stack([expert(x) for expert in self.experts], dim=1)  # [B, E, H]
-            mixed = [(gate(x).softmax(dim=1).unsqueeze(2) * experts).sum(dim=1) for gate in self.gates]
-        else:
-            mixed = [self.trunk(x)] * len(self.towers)
-        return torch.cat([tower(h) for tower, h in zip(self.towers, mixed, strict=True)], dim=1)
+        return torch.cat([tower(h) for tower, h in zip(self.towers, self.backbone(x), strict=True)], dim=1)
+
+
+class SharedBottom(nn.Module):
+    """x [B, I] -> the same [B, H] for each task."""
+
+    def __init__(self, widths: list[int], num_tasks: int, dropout: float) -> None:
+        super().__init__()
+        self.num_tasks = num_tasks
+        self.trunk = _mlp(widths, dropout)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [self.trunk(x)] * self.num_tasks
+
+
+class Experts(nn.Module):
+    """x [B, I] -> [B, H] for each task: a softmax gate mixes the shared experts and those of the task.
+
+    Without experts of a task it is MMoE, with them one level of PLE.
+    """
+
+    def __init__(self, widths: list[int], num_tasks: int, dropout: float, shared: int, own: int) -> None:
+        super().__init__()
+        self.shared = nn.ModuleList(_mlp(widths, dropout) for _ in range(shared))
+        self.own = nn.ModuleList(_mlp(widths, dropout) for _ in range(num_tasks * own))
+        self.gates = nn.ModuleList(nn.Linear(widths[0], own + shared, bias=False) for _ in range(num_tasks))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        shared = [expert(x) for expert in self.shared]
+        own = [expert(x) for expert in self.own]
+        each = len(own) // len(self.gates)
+        mixed = []
+        for task, gate in enumerate(self.gates):
+            experts = torch.stack([*own[task * each : (task + 1) * each], *shared], dim=1)  # [B, E, H]
+            mixed.append((gate(x).softmax(dim=1).unsqueeze(2) * experts).sum(dim=1))
+        return mixed
+
+
+def _backbone(section: dict[str, Any], inputs: int, num_tasks: int, dropout: float) -> nn.Module:
+    widths = [inputs, *section["hidden"]]
+    match section:
+        case {"kind": "shared_bottom"}:
+            return SharedBottom(widths, num_tasks, dropout)
+        case {"kind": "mmoe", "experts": shared}:
+            return Experts(widths, num_tasks, dropout, shared, own=0)
+        case {"kind": "ple", "levels": 1, "shared_experts": shared, "task_experts": own}:
+            return Experts(widths, num_tasks, dropout, shared, own)
+    raise ValueError(f"backbone {section} has no reference")
 
 
 class RowWiseAdagrad:
@@ -128,34 +165,58 @@ class RowWiseAdagrad:
         self._weight.grad = None
 
 
-def train(job: dict[str, Any], data: Data, split: Split, seed: int, epochs: int) -> Model:
+def train(job: dict[str, Any], data: Data, learn: Split, valid: Split, seed: int) -> tuple[Model, int]:
+    """The model after the epoch that is best on `valid`, in evaluation mode, and that epoch, from 1."""
+    _check_recipe(job)
     torch.manual_seed(seed)
-    model = Model(job, data)
+    ids, numbers, labels = learn
+    model = Model(job, data, labels.mean(dim=0))
     section = job["optimizer"]
-    allowed = {"tables": {"kind", "lr", "eps"}, "dense": {"kind", "lr", "weight_decay", "schedule"}}
-    for part, kind in (("tables", "rowwise_adagrad"), ("dense", "adam")):
-        if section[part]["kind"] != kind or set(section[part]) - allowed[part]:
-            raise ValueError(f"optimizer.{part}: {section[part]} is not part of the recipe")
+    weights = torch.tensor([task.get("weight", 1.0) for task in job["schema"]["tasks"].values()])
     dense = [parameter for name, parameter in model.named_parameters() if not name.startswith("table.")]
-    adam = torch.optim.Adam(
-        dense, lr=section["dense"]["lr"], weight_decay=section["dense"].get("weight_decay", 0.0)
-    )
-    tables = RowWiseAdagrad(model.table.weight, section["tables"]["lr"], section["tables"].get("eps", 1e-8))
-    ids, numbers, labels = split
-    step = 0
-    for _ in range(epochs):
+    adam = torch.optim.Adam(dense, lr=section["dense"]["lr"])
+    tables = RowWiseAdagrad(model.table.weight, section["tables"]["lr"], eps=1e-8)
+    step, best, best_epoch, kept = 0, 0.0, 0, model.state_dict()
+    for epoch in range(1, job["run"]["epochs"] + 1):
+        model.train()
         for rows in torch.randperm(len(ids)).split(job["data"]["batch_size"]):
             for group in adam.param_groups:
-                group["lr"] = section["dense"]["lr"] * _factor(section["dense"].get("schedule"), step)
+                left = 1 - min(step / section["dense"]["schedule"]["decay_steps"], 1)
+                group["lr"] = section["dense"]["lr"] * left
             logits = model(ids[rows], numbers[rows])
-            # The sum over tasks of each task's mean over the batch.
             loss = functional.binary_cross_entropy_with_logits(logits, labels[rows], reduction="none")
-            loss.mean(dim=0).sum().backward()
+            # Each task's mean over the batch; the last, shorter one takes a step in proportion to its rows.
+            (loss.sum(dim=0) / job["data"]["batch_size"] @ weights).backward()
             adam.step()
             adam.zero_grad()
             tables.step()
             step += 1
-    return model
+        score = statistics.fmean(auc(model.eval(), valid))
+        if score > best:
+            best, best_epoch, kept = score, epoch, copy.deepcopy(model.state_dict())
+    model.load_state_dict(kept)
+    return model, best_epoch
+
+
+def _check_recipe(job: dict[str, Any]) -> None:
+    """Refuse a job that says more than this program follows."""
+    dense, tasks = job["optimizer"]["dense"], job["schema"]["tasks"]
+    metrics = [f"{task}/auc" for task in tasks]
+    followed = {
+        "optimizer.tables": set(job["optimizer"]["tables"]) == {"kind", "lr"}
+        and job["optimizer"]["tables"]["kind"] == "rowwise_adagrad",
+        "optimizer.dense": set(dense) == {"kind", "lr", "schedule"} and dense["kind"] == "adam",
+        "optimizer.dense.schedule": set(dense.get("schedule") or ()) == {"decay", "decay_steps"}
+        and dense["schedule"]["decay"] == "linear",
+        "schema.tasks": all(
+            set(task) <= {"kind", "weight"} and task["kind"] == "binary" for task in tasks.values()
+        ),
+        "objective": "objective" not in job,
+        "run.evaluate": job["run"]["evaluate"] == {"every_epochs": 1, "metric": metrics},
+    }
+    for place, is_followed in followed.items():
+        if not is_followed:
+            raise ValueError(f"{place}: what it says is not part of the recipe")
 
 
 @torch.no_grad()
@@ -168,42 +229,45 @@ def auc(model: Model, split: Split) -> list[float]:
     return [float(roc_auc_score(labels[:, task], scores[:, task])) for task in range(labels.shape[1])]
 
 
-def _mlp(widths: list[int]) -> nn.Sequential:
+def _mlp(widths: list[int], dropout: float) -> nn.Sequential:
     layers: list[nn.Module] = []
     for a, b in pairwise(widths):
         linear = nn.Linear(a, b)
         # torch's own start of a linear map: uniform in +-1/sqrt(a), weight and bias alike.
-        layers += [linear, nn.ReLU()]
+        layers += [linear, nn.ReLU(), nn.Dropout(dropout)]
     return nn.Sequential(*layers)
 
 
-def _factor(schedule: dict[str, Any] | None, step: int) -> float:
-    """Linear decay from 1 to 0 over `decay_steps`, or none."""
-    if schedule is None:
-        return 1.0
-    if set(schedule) != {"decay", "decay_steps"} or schedule["decay"] not in ("linear", "cosine"):
-        raise ValueError(f"optimizer.dense.schedule: {schedule} is not part of the recipe")
-    progress = min(step / schedule["decay_steps"], 1.0)
-    return 1.0 - progress if schedule["decay"] == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+def find_job(folder: Path, backbone: str) -> dict[str, Any]:
+    """Of the jobs in `folder`, the one with this kind of backbone."""
+    jobs = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("job*.yaml"))]
+    found = [job for job in jobs if job["model"]["backbone"]["kind"] == backbone]
+    if len(found) != 1:
+        raise SystemExit(f"{folder}: {len(found)} jobs with the backbone {backbone}; one is needed")
+    job: dict[str, Any] = found[0]
+    return job
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The census recipe in plain PyTorch.")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder that mtlrec prepare census wrote")
-    parser.add_argument("--backbone", default="mmoe", choices=("mmoe", "shared_bottom"))
+    parser.add_argument("--backbone", default="shared_bottom", choices=("mmoe", "ple", "shared_bottom"))
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ...")
-    parser.add_argument("--epochs", type=int, help="default: the job's run.epochs")
     parser.add_argument("--split", default="test", help="rows that are scored (default: test)")
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    file = "job.yaml" if arguments.backbone == "mmoe" else f"job_{arguments.backbone}.yaml"
-    job = yaml.safe_load((arguments.out / file).read_text(encoding="utf-8"))
-    epochs = arguments.epochs or job["run"]["epochs"]
+    job = find_job(arguments.out, arguments.backbone)
     start = time.perf_counter()
     data = Data(arguments.out, job)
-    learn, held_out = data.read(job["data"]["train"]), data.read(arguments.split)
+    learn, valid = data.read(job["data"]["train"]), data.read(job["data"]["eval"])
+    scored = data.read(arguments.split)
+    scores, epochs = [], []
+    for seed in range(arguments.seeds):
+        model, epoch = train(job, data, learn, valid, seed)
+        scores.append(auc(model, scored))
+        epochs.append(epoch)
+        print(f"seed {seed}: epoch {epoch}, AUC {scores[-1]}", file=sys.stderr, flush=True)
     tasks = list(job["schema"]["tasks"])
-    scores = [auc(train(job, data, learn, seed, epochs), held_out) for seed in range(arguments.seeds)]
     by_task = dict(zip(tasks, zip(*scores, strict=True), strict=True))
     result = {
         "backbone": job["model"]["backbone"],

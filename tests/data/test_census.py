@@ -17,8 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from pyarrow import csv
 
+from benchmarks import census_reference
 from mtlrec import storage
 from mtlrec.data.ids import hash_ids
 from mtlrec.data.prepare import census
@@ -132,6 +134,10 @@ def test_jobs_fit_the_data(prepared: Any, file: str) -> None:
     assert job.name == JOBS[file][0]
     schema = build_schema(job.schema_, job.model)
     assert schema.scenarios == ("94", "95")
+    steps = -(-made["rows"]["train"] // job.data.batch_size) * job.run.epochs
+    schedule = job.optimizer.dense.schedule
+    assert (schedule.decay, schedule.decay_steps) == ("linear", steps)
+    assert job.run.evaluate is not None and job.run.evaluate.metric == ["income/auc", "never_married/auc"]
     # 31 categories, the year, 7 numbers as they are and 7 in buckets: 39 of the 42 columns.
     assert (len(schema.id_features), schema.dense_width) == (31 + 1 + 7, 7)
     for split, rows in made["rows"].items():
@@ -359,6 +365,23 @@ def test_an_interrupted_prepare_runs_again(
     assert len(read_tree(out)) == 5 and not (out / "job.yaml").exists()
     prepare_census(str(source), str(out))
     assert read_tree(out) == read_tree(whole)
+
+
+def test_the_reference_follows_every_job(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare_census(str(source), str(out))
+    kinds = {yaml.safe_load(backbone)["kind"] for _, backbone, *_ in JOBS.values()}
+    assert kinds == {"shared_bottom", "mmoe", "ple"}
+    for kind in kinds:
+        job = census_reference.find_job(out, kind)
+        data = census_reference.Data(out, job)
+        learn = data.read("train")
+        model, epoch = census_reference.train(job, data, learn, learn, seed=0)
+        assert 1 <= epoch <= job["run"]["epochs"]
+        assert all(0 <= area <= 1 for area in census_reference.auc(model, data.read("test")))
+        changed = job | {"objective": {"balance": "uncertainty"}}
+        with pytest.raises(ValueError, match="objective"):
+            census_reference.train(changed, data, learn, learn, seed=0)
 
 
 def test_boundaries_leave_zero_a_bucket_of_its_own() -> None:
