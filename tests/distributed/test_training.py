@@ -112,7 +112,9 @@ class Session:
     ) -> tuple[str, dict[str, Any]]:
         job = small_job(self.data, self.folder / "runs", name, run__sharding=plan)
         job["run"] |= {"max_steps": steps, "record_rows": True}
-        job["optimizer"]["tables"] = {"kind": optimizer}
+        # Adagrad's first steps have the size of lr whatever that of the gradient: of one that is nearly zero
+        # the order of float sums decides the sign. A larger eps leaves such weights where they are.
+        job["optimizer"]["tables"] = {"kind": optimizer, "eps": 1e-4 if optimizer == "adagrad" else 1e-8}
         return label, call_of(job)
 
     def _run(
