@@ -15,7 +15,7 @@ from sklearn.metrics import mean_squared_error, roc_auc_score
 from mtlrec import storage
 from mtlrec.data.population import DEVICES, LONGEST_HISTORY, Population
 from mtlrec.data.shards import Dataset
-from mtlrec.data.synthetic import SPLITS, split_sizes, synthesise
+from mtlrec.data.synthetic import SPLITS, _job_text, split_sizes, synthesise
 from mtlrec.job.errors import InputError
 from mtlrec.job.job import parse_job
 from mtlrec.schema import build_schema
@@ -144,6 +144,20 @@ def test_the_job_reads_the_data(made: Path) -> None:
     assert {table.name: table.rows for table in schema.tables}["user_id"] == 500
     text = (made / "job.yaml").read_text()
     assert text.startswith("# ") and "mtlrec train" in text and "--rows 20000" in text
+
+
+def test_the_job_suits_the_number_of_rows() -> None:
+    ideal = {"all": {"click": {"auc": 0.8}}}
+    small, large = (
+        parse_job(_job_text(**{**OPTIONS, "users": 20_000, "rows": rows}, ideal=ideal), "/data/job.yaml")
+        for rows in (999_999, 2_000_001)
+    )
+    assert (small.model.backbone.kind, large.model.backbone.kind) == ("mmoe", "ple")
+    assert (small.data.batch_size, large.data.batch_size) == (1024, 4096)
+    # The learning rate falls until the last step of the last epoch.
+    assert (small.run.epochs, large.run.epochs) == (1, 2)
+    assert small.optimizer.dense.schedule.decay == "none"
+    assert large.optimizer.dense.schedule.decay_steps == 2 * 489
 
 
 def _measured(job: Any) -> Any:
