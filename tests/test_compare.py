@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -167,11 +168,13 @@ if (runs / "fail").exists() and (runs / "fail").read_text() in job["name"]:
 result = {"run_dir": str(run), "checkpoint": f"{runs}/last-{job['seed']}", "steps": 5, "seconds": 2.0,
           "stopped": False, "parameters": {"dense": 1, "tables": 2},
           "metrics": {"all": {"click": {"auc": 0.5}, "rating": {"rmse": 1.0}}}}
+def save():
+    folder = run / "checkpoints" / "step-000000000001.a0001"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "manifest.json").write_text("{}")
 if (runs / "wait").exists():
     def stop(number, frame):
-        folder = run / "checkpoints" / "step-000000000001.a0001"
-        folder.mkdir(parents=True)
-        (folder / "manifest.json").write_text("{}")
+        save()
         print(json.dumps({**result, "stopped": True}), flush=True)
         sys.exit(3)
     signal.signal(signal.SIGINT, stop)
@@ -182,6 +185,7 @@ if (runs / "wait").exists():
 if (runs / "best").exists():
     better = {"all": {"click": {"auc": job["seed"] / 10}, "rating": {"rmse": 1.0}}}
     result["best"] = {"checkpoint": f"{runs}/best-{job['seed']}", "step": 4, "score": 1, "metrics": better}
+save()
 (run / "result.json").write_text(json.dumps(result))
 print(json.dumps(result))
 """
@@ -251,6 +255,39 @@ def test_what_was_measured_is_kept_while_checkpoint_and_data_stay(grid: Grid, ru
     assert not [call for call in calls(runs) if call.startswith("evaluate")]
     perform(grid, runs, "/other")
     assert len([call for call in calls(runs) if call.startswith("evaluate")]) == 6
+
+
+def test_what_was_measured_of_a_run_that_was_removed_is_not_kept(job: str, runs: Path) -> None:
+    """Its successor has the same URL, whether the comparison trains it or somebody else."""
+    grid = read_grid(job, [], [], "3,")
+    perform(grid, runs, "/data")
+    calls(runs)
+    result = runs / "small-seed3" / "result.json"
+    shutil.rmtree(result.parent)
+    outcomes, _ = perform(grid, runs, "/data")
+    assert [call for call in calls(runs) if call.startswith("evaluate")] == ["evaluate last-3"]
+    assert outcomes["small-seed3"].seconds == 2.0
+    result.write_text(json.dumps({**json.loads(result.read_text()), "seconds": 7.0}))
+    outcomes, _ = perform(grid, runs, "/data")
+    assert [call for call in calls(runs) if call.startswith("evaluate")] == ["evaluate last-3"]
+    assert outcomes["small-seed3"].seconds == 7.0
+    perform(grid, runs, "/data")
+    assert not [call for call in calls(runs) if call.startswith("evaluate")]
+
+
+def test_a_finished_run_keeps_its_time_through_a_failed_start(job: str, runs: Path) -> None:
+    grid = read_grid(job, [], [], "3,")
+    perform(grid, runs)
+    result = runs / "small-seed3" / "result.json"
+    text = result.read_text()
+    result.unlink()
+    (runs / "fail").write_text("seed3")
+    outcomes, _ = perform(grid, runs)
+    assert outcomes["small-seed3"].status == "failed"
+    (runs / "fail").unlink()
+    result.write_text(text)
+    outcomes, _ = perform(grid, runs)
+    assert outcomes["small-seed3"].seconds == 2.0, "not twice"
 
 
 def test_a_stop_reaches_the_run_and_its_time_counts_after_the_resume(grid: Grid, runs: Path) -> None:
@@ -362,8 +399,21 @@ def test_a_run_means_its_best_checkpoint_unless_the_last_is_asked_for(tmp_path: 
     assert choose(run, last=False) == (first, "the run's best")
     assert choose(run, last=True) == (second, "the run's latest")
     assert choose(second, last=False) == (second, "as named")
-    (tmp_path / "run" / "result.json").write_text(json.dumps({"best": None}))
-    assert choose(run, last=False) == (second, "the run's latest")
+    (tmp_path / "run" / "result.json").write_text(
+        json.dumps({"best": {"checkpoint": "/gone/step-000000000004.a0001"}})
+    )
+    url, which = choose(run, last=False)
+    assert url == second and which == "the run's latest, as its best, step-000000000004.a0001, is not there"
+    for odd in (
+        {"best": None},
+        {"best": first},
+        {"best": [1]},
+        {"best": {}},
+        {"best": {"checkpoint": 3}},
+        [1],
+    ):
+        (tmp_path / "run" / "result.json").write_text(json.dumps(odd))
+        assert choose(run, last=False) == (second, "the run's latest")
 
 
 def test_data_of_the_comparison_is_opened_first(

@@ -73,7 +73,7 @@ def test_every_combination_once_the_last_path_fastest() -> None:
 settings_ = st.lists(st.tuples(st.sampled_from(["model.dim", "a.b-c"]), words), min_size=1, max_size=3)
 
 
-@given(settings_, st.integers(10, 60))
+@given(settings_, st.integers(8, 60))
 def test_a_slug_is_short_and_fit_for_a_name(settings: list[tuple[str, str]], length: int) -> None:
     slug = Variation(tuple(settings)).slug(length)
     assert re.fullmatch(r"[A-Za-z0-9._-]+", slug) and len(slug) <= length
@@ -86,8 +86,20 @@ def test_slugs_spell_words_and_tell_apart_what_they_cannot_spell() -> None:
     assert slug() == ""
     assert slug(("model.backbone", "ple"), ("objective.balance", "weights")) == "backbone-ple-balance-weights"
     alike = [slug(("model.tower.hidden", text)) for text in ("[6,4]", "[6, 4]", "[64]", "6_4")]
-    assert len(set(alike)) == 4 and alike[-1] == "hidden-6_4"
-    assert all(each.startswith("hidden-6") for each in alike)
+    assert len(set(alike)) == 4 and alike[-1] == "tower-hidden-6_4"
+    assert all(each.startswith("tower-hidden-6") for each in alike)
+    assert slug(("optimizer.dense.lr", "0.1"), ("optimizer.tables.lr", "0.1")) == "dense-lr-0.1-tables-lr-0.1"
+    assert slug(("schema.features.item.dim", "4")) == "features-item-dim-4"
+    assert slug(("schema.tables.item.dim", "4")) == "tables-item-dim-4"
+    assert len({slug((f"schema.features.{name}.dim", "4")) for name in ("my_id", "my id", "my,id")}) == 3
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["model.dim", "model.tower.dim", "a.tower-x"]), words), unique=True)
+)
+def test_no_two_variations_share_a_slug(settings: list[tuple[str, str]]) -> None:
+    found = [Variation((setting,)).slug(60) for setting in settings]
+    assert len(set(found)) == len(found)
 
 
 def test_seeds() -> None:

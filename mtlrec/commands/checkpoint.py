@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 from mtlrec import storage
-from mtlrec.checkpoint.folder import CHECKPOINTS, find
+from mtlrec.checkpoint.folder import CHECKPOINTS, find, list_checkpoints
 from mtlrec.checkpoint.inspect import inspect_checkpoint, render
 from mtlrec.commands.console import DONE, print_json, print_text
 from mtlrec.display import Display
@@ -55,25 +55,32 @@ def predict(arguments: argparse.Namespace) -> int:
 def choose(url: str, last: bool) -> tuple[str, str]:
     """The checkpoint that `url` names, and which one it is: of a run's folder its best, or its `last`.
 
-    Which is best, the result of a finished run says where the job has run.evaluate; else it is the last too.
+    Which is best, the result of a finished run says where the job has run.evaluate; else, or where that one
+    is not there any more, it is the last too.
     """
     url = storage.make_absolute(url, ".")
     chosen = find(url)
     if storage.parent(chosen) != storage.join(url, CHECKPOINTS):
         return chosen, "as named"
     best = None if last else _best_of(url)
+    if best is None:
+        return chosen, "the run's latest"
     # By its name, as the run's folder may have been moved or copied since.
-    return (storage.join(url, CHECKPOINTS, best), "the run's best") if best else (chosen, "the run's latest")
+    for found in list_checkpoints(url):
+        if storage.name(found.url) == best:
+            return found.url, "the run's best"
+    return chosen, f"the run's latest, as its best, {best}, is not there"
 
 
 def _best_of(run: str) -> str | None:
     """Name of the checkpoint that the run's result says is best."""
     try:
         result = json.loads(storage.read(storage.join(run, RESULT)))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
     best = result.get("best") if isinstance(result, dict) else None
-    return storage.name(str(best["checkpoint"])) if best else None
+    url = best.get("checkpoint") if isinstance(best, dict) else None
+    return storage.name(url) if isinstance(url, str) else None
 
 
 def _on_checkpoint(

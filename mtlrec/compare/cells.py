@@ -2,12 +2,14 @@
 
 OUT/jobs/NAME.json    the resolved job (JSON is YAML), so that the run can be started by hand too
 OUT/logs/NAME.log     what the run shows on stderr; in a temporary folder where OUT is object storage
-OUT/cells/NAME.json   what is kept between two starts: training time, and what was measured on which data
+OUT/cells/NAME.json   what is kept between two starts: training time, and what was measured on which data,
+                      both of one result of the run
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -166,25 +168,28 @@ class _Runner:
     def _train(self, cell: Cell, log: Path) -> Outcome:
         job = storage.join(self._setting.out, "jobs", f"{cell.name}.json")
         storage.write(job, json.dumps(cell.job.to_dict(), indent=1, ensure_ascii=False).encode())
-        kept = self._kept(cell)
-        # A run that was removed since begins anew, and so does its time.
-        resumed = latest(storage.join(cell.job.run.storage, cell.name)) is not None
-        before = kept.get("seconds", 0.0) if resumed else 0.0
+        # A run that was removed since begins anew: nothing kept is its own, though its URLs are the same.
+        there = latest(storage.join(cell.job.run.storage, cell.name)) is not None
+        kept = self._kept(cell) if there else {}
+        before = kept.get("seconds", 0.0)
         code, said = self._command("train", [job, *self._at_address()], log)
         if code != 0:
             seconds = before + said.get("seconds", 0.0)
-            self._keep(cell, {"seconds": seconds, "finished": False})
+            # One that has not begun to train is what it was.
+            self._keep(cell, {**({} if "seconds" in said else kept), "seconds": seconds})
             stopped = code == EXIT_STOPPED or self._stopping
             return Outcome("stopped" if stopped else "failed", code, said.get("error"), seconds=seconds)
-        if said.get("already_finished") and kept.get("finished"):
-            seconds = kept["seconds"]
-        else:
-            seconds = before + said["seconds"]
-        kept = {**kept, "seconds": seconds, "finished": True}
+        digest = _digest(said)
+        if not said.get("already_finished"):
+            kept = {"seconds": before + said["seconds"], "result": digest}
+        elif kept.get("result") != digest:
+            # It came to this end without us. Where we know of another end, our time is of that one.
+            before = before if "result" not in kept else 0.0
+            kept = {"seconds": before + said["seconds"], "result": digest}
         self._keep(cell, kept)
         best = said.get("best")
         of = best if best is not None else said
-        return Outcome("done", 0, None, said, of["checkpoint"], of["metrics"], seconds)
+        return Outcome("done", 0, None, said, of["checkpoint"], of["metrics"], kept["seconds"])
 
     def _measure(self, cell: Cell, trained: Outcome, log: Path) -> Outcome:
         """`trained` with what its checkpoint is worth on the data of the comparison."""
@@ -271,6 +276,12 @@ class _Runner:
                 return ""
             seconds = left * sum(times) / len(times) / self._setting.parallel
         return f"; {left} to go, about {_duration(seconds)}"
+
+
+def _digest(result: dict[str, Any]) -> str:
+    """Of what `train --json` says of an end, however often: two ends differ in their seconds at least."""
+    lasting = {key: value for key, value in result.items() if key != "already_finished"}
+    return hashlib.blake2b(json.dumps(lasting, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _duration(seconds: float) -> str:

@@ -42,18 +42,19 @@ class Variation:
         """What stands for it in a run's name, of at most `length` characters (at least 8); "" for none.
 
         It depends on this variation alone, so that a larger grid later finds the runs of a smaller one. It
-        spells the last word of each path and its value; where that is too long, or a value is no plain word,
-        a hash of the whole is added.
+        spells the value of each path, and the path without its section, which no two sections share (but
+        optimizer.tables and schema.tables, where one has numbers and the other mappings); where that is too
+        long, or a part of it is no plain word, a hash of the whole is added.
         """
         if not self.settings:
             return ""
-        words = [word for path, value in self.settings for word in (path.rpartition(".")[2], value)]
-        slug = "-".join(_UNFIT.sub("_", word).strip("_") for word in words)
-        plain = all(_PLAIN.fullmatch(value) for _, value in self.settings)
-        if plain and len(slug) <= length:
+        words = [word for path, value in self.settings for word in (*(path.split(".")[1:] or [path]), value)]
+        slug = "-".join(words)
+        if len(slug) <= length and all(_PLAIN.fullmatch(word) for word in words):
             return slug
+        start = "-".join(_UNFIT.sub("_", word).strip("_") for word in words)[: max(length - _DIGEST - 1, 0)]
         digest = hashlib.blake2b("\n".join(self.overrides).encode(), digest_size=_DIGEST // 2).hexdigest()
-        return f"{slug[: length - _DIGEST - 1]}-{digest}".lstrip("-")
+        return f"{start}-{digest}".lstrip("-")
 
 
 @dataclass(frozen=True)
