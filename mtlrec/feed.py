@@ -74,7 +74,9 @@ def open_feed(
     if checkpoint is not None and start is not None:
         vocabularies = together(world, lambda: load_vocabularies(checkpoint, start))
     else:
-        vocabularies = build(dataset, _wanted(job, schema), run.url, world, control)
+        groups = _groups(schema)
+        built = build(dataset, _wanted(job, schema, groups), run.url, world, control)
+        vocabularies = {table: built[group[0]] for group in groups for table in group}
     if vocabularies:
         job = with_rows(job, vocabularies)
         schema = build_schema(job.schema_, job.model)
@@ -99,19 +101,32 @@ def with_rows(job: Job, vocabularies: Mapping[str, Vocabulary]) -> Job:
     return job_from_dict(raw, f"{job.name} with its vocabularies")
 
 
-def _wanted(job: Job, schema: Schema) -> list[Wanted]:
-    columns = {feature.name: feature.column for feature in schema.id_features}
-    return [
-        Wanted(
-            table.name,
-            tuple(columns[feature] for feature in table.features),
-            table.min_count,
-            job.schema_.table(table.name).rows,
-            table.reserved,
-        )
-        for table in schema.tables
-        if table.ids == "vocabulary"
-    ]
+def _groups(schema: Schema) -> list[list[str]]:
+    """Vocabulary tables that features look up together: an id has one row in all of a group."""
+    groups: list[list[str]] = []
+    for table in schema.tables:
+        if table.ids == "vocabulary":
+            near = {
+                other
+                for feature in schema.id_features
+                for other in feature.tables
+                if table.name in feature.tables
+            }
+            joined = [group for group in groups if near & set(group)]
+            groups = [group for group in groups if group not in joined]
+            groups.append([*(name for group in joined for name in group), table.name])
+    return groups
+
+
+def _wanted(job: Job, schema: Schema, groups: list[list[str]]) -> list[Wanted]:
+    """One vocabulary a group, named by its first table: of all columns that look any of its tables up."""
+    found = []
+    for group in groups:
+        table = schema.table_of[group[0]]
+        columns = [each.column for each in schema.id_features if set(each.tables) & set(group)]
+        rows = job.schema_.table(table.name).rows
+        found.append(Wanted(table.name, tuple(columns), table.min_count, rows, table.reserved))
+    return found
 
 
 def _open(job: Job, schema: Schema, run: Run) -> Dataset:

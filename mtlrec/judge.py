@@ -75,10 +75,18 @@ class Judge:
         )
 
     def to_json(self) -> dict[str, Any]:
-        return {"best": self.best, "best_step": self.best_step, "since": self.since, "last": self.last}
+        return {
+            "metric": self.section.metric if self.section is not None else None,
+            "best": self.best,
+            "best_step": self.best_step,
+            "since": self.since,
+            "last": self.last,
+        }
 
-    def load(self, state: dict[str, Any] | None) -> None:
-        """Take over what `to_json` gave."""
-        if state:
-            self.best, self.best_step = state["best"], state["best_step"]
-            self.since, self.last = state["since"], state["last"]
+    def load(self, state: dict[str, Any] | None) -> bool:
+        """Take over what `to_json` gave; False, and nothing taken, where it judged by other metrics."""
+        if self.section is None or not state or state["metric"] != self.section.metric:
+            return False
+        self.best, self.best_step = state["best"], state["best_step"]
+        self.since, self.last = state["since"], state["last"]
+        return True

@@ -152,7 +152,8 @@ def finished_result(url: str, job: Job, newest: Checkpoint | None) -> dict[str, 
         result = json.loads(storage.read(storage.join(url, RESULT)))
     except (FileNotFoundError, ValueError):
         return None
-    fits = isinstance(result, dict) and result.get("asked") == asked_of(job)
+    # An older version did not write what it did not know.
+    fits = isinstance(result, dict) and {"evaluate": None, **result.get("asked", {})} == asked_of(job)
     return result if fits and newest is not None and result.get("checkpoint") == newest.url else None
 
 
@@ -225,7 +226,11 @@ def _refuse_unknown_tables(job: Job, schema: Schema) -> None:
 
 
 def _refuse_changed_job(url: str, job: Job, before: Manifest) -> None:
-    old, new = ({k: v for k, v in body.items() if k != "run"} for body in (before.meta["job"], job.to_dict()))
+    # Read again, so that fields which an older version did not know stand at their defaults.
+    started = job_from_dict(before.meta["job"], f"{url}: the job of its checkpoint")
+    old, new = (
+        {key: value for key, value in body.to_dict().items() if key != "run"} for body in (started, job)
+    )
     differences = _differences(old, new, "")
     if differences:
         raise InputError(

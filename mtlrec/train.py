@@ -17,6 +17,7 @@ from mtlrec.data.order import Position
 from mtlrec.distributed import World, all_ok, broadcast_bytes
 from mtlrec.evaluate import evaluate
 from mtlrec.feed import Feed, open_feed
+from mtlrec.job.errors import InputError
 from mtlrec.journal import Journal
 from mtlrec.judge import Judge
 from mtlrec.lockstep import in_step, together
@@ -47,7 +48,11 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
     if start is not None:
         position = Position.from_json(start.meta["position"], f"{checkpoint}: position")
         step = start.meta["step"]
-        judge.load(start.meta.get("judge"))
+        if not judge.load(start.meta.get("judge")) and job.run.evaluate is not None:
+            # Told to judge by something else now: by that, the best of what is still there.
+            kept = together(world, lambda: _best(run.url, judge))
+            if kept is not None:
+                judge.best, judge.best_step = kept["score"], kept["step"]
     with feed.reader(position, step, world) as reader:
         # The reader fills its first windows while the model is built.
         trainer = assemble(job, feed.schema, world, run.url, checkpoint, start)
@@ -86,7 +91,12 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
                 if judge.is_due(trainer.step, before, position, ended):
                     journal.report()
                     journal.pause()
-                    measured = _measure(trainer, feed, judge, world, control)
+                    try:
+                        measured = _measure(trainer, feed, judge, world, control)
+                    except InputError:
+                        # The data to measure on are wrong, not what was learnt since the last checkpoint.
+                        saver.save(trainer, position, None)
+                        raise
                     journal.scalars(_scalars(measured[0]))
                     ended = ended or judge.is_over
                 stopped = stop and not ended
@@ -115,7 +125,7 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
         "parameters": parameters,
         "metrics": metrics,
         "ideal": ideal,
-        "best": _best(run.url) if world.rank == 0 and job.run.evaluate else None,
+        "best": _best(run.url, judge) if world.rank == 0 else None,
         "asked": asked_of(job),
     }
     if world.rank == 0 and not stopped:
@@ -164,7 +174,6 @@ class _Saver:
             "attempt": self._start,
             "metrics": measured[0] if measured else None,
             "judge": self._judge.to_json(),
-            "score": self._judge.last if measured else None,
         }
         blocks, dense = local_blocks(trainer.model), trainer.dense_tensors()
         save(url, blocks, dense, meta, self._world, vocabularies=feed.vocabularies)
@@ -172,7 +181,8 @@ class _Saver:
         if self._world.rank == 0:
             self._control.show({"kind": "saved", "step": trainer.step, "url": url})
             folder.sweep(self._run.url, self._start)
-            folder.retain(self._run.url, feed.job.run.checkpoint.keep_last)
+            names = self._judge.section.metric if self._judge.section is not None else ()
+            folder.retain(self._run.url, feed.job.run.checkpoint.keep_last, names=names)
         return url
 
 
@@ -199,17 +209,14 @@ def _evaluate(trainer: Trainer, feed: Feed, world: World, control: Control) -> M
     )
 
 
-def _best(run_url: str) -> dict[str, Any] | None:
-    found = folder.best(run_url)
+def _best(run_url: str, judge: Judge) -> dict[str, Any] | None:
+    """The run's best checkpoint by what the judge goes by; None where it has none, or there is no judge."""
+    names = judge.section.metric if judge.section is not None else ()
+    found = folder.best(run_url, names) if names else None
     if found is None:
         return None
-    meta = read_manifest(found.url).meta
-    return {
-        "checkpoint": found.url,
-        "step": found.step,
-        "score": meta["score"],
-        "metrics": meta["metrics"],
-    }
+    score, metrics = folder.measured(found, names)
+    return {"checkpoint": found.url, "step": found.step, "score": score, "metrics": metrics}
 
 
 def _parameters(trainer: Trainer) -> dict[str, int]:

@@ -404,14 +404,15 @@ def test_a_run_means_its_best_checkpoint_unless_the_last_is_asked_for(tmp_path: 
     )
     url, which = choose(run, last=False)
     assert url == second and which == "the run's latest, as its best, step-000000000004.a0001, is not there"
-    for odd in (
+    odds: tuple[Any, ...] = (
         {"best": None},
         {"best": first},
         {"best": [1]},
         {"best": {}},
         {"best": {"checkpoint": 3}},
         [1],
-    ):
+    )
+    for odd in odds:
         (tmp_path / "run" / "result.json").write_text(json.dumps(odd))
         assert choose(run, last=False) == (second, "the run's latest")
 

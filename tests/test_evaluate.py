@@ -150,7 +150,7 @@ def test_one_checkpoint_against_another(data: Path, world: Any) -> None:
     rows = LabelledRows(
         (user + 1).astype(np.uint64),
         np.zeros(here.sum(), np.uint64),
-        10**6 + np.flatnonzero(here),
+        (10**6 + np.flatnonzero(here)).astype(np.uint64),
         label[here],
     )
     outputs = outputs_of(np.arange(1500), 2, 0)[here, 1], outputs_of(np.arange(1500), 3, 1)[here, 1]

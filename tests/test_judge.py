@@ -69,10 +69,17 @@ def test_the_state_travels() -> None:
     judge, other = judge_of(patience=2), judge_of(patience=2)
     judge.consider(metrics(auc=0.6), 1)
     judge.consider(metrics(auc=0.5), 2)
-    other.load(judge.to_json())
+    assert other.load(judge.to_json())
     assert other == judge
-    other.load(None)
-    assert other == judge
+    assert not other.load(None) and other == judge
+
+
+def test_what_another_metric_has_said_is_not_taken_over() -> None:
+    judge, other = judge_of(), judge_of(metric=["click/logloss"])
+    judge.consider(metrics(auc=0.7), 1)
+    assert not other.load(judge.to_json())
+    assert (other.best, other.best_step, other.since) == (None, None, 0)
+    assert not judge_of().load(Judge(None).to_json())
 
 
 @pytest.mark.parametrize("value", [None, float("nan")])

@@ -12,11 +12,12 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mtlrec import storage
+from mtlrec.job import metric
 from mtlrec.job.errors import InputError
 
 CHECKPOINTS = "checkpoints"
@@ -115,13 +116,30 @@ def score(metrics: Any) -> float | None:
     return None
 
 
-def best(run_url: str) -> Checkpoint | None:
+def best(run_url: str, names: Sequence[str] = ()) -> Checkpoint | None:
     """The complete checkpoint with the highest `score`, the later of two equals; None where none has one."""
-    return _best(list_checkpoints(run_url))
+    return _best(list_checkpoints(run_url), names)
 
 
-def retain(run_url: str, keep_last: int, protect: Collection[str] = ()) -> list[str]:
-    """Remove complete checkpoints but the last `keep_last`, the best, and the URLs in `protect`.
+def measured(found: Checkpoint, names: Sequence[str] = ()) -> tuple[float | None, dict[str, Any] | None]:
+    """(score, metrics) of a checkpoint by its manifest, None where it was not measured.
+
+    The score is that of the metrics `names` (`run.evaluate.metric`); without names, `score`. A manifest that
+    cannot be read gives (None, None): a broken checkpoint is nobody's best.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        text = storage.read(storage.join(found.url, MANIFEST))
+        with contextlib.suppress(ValueError, RecursionError, TypeError, KeyError, AttributeError):
+            metrics = json.loads(text)["meta"]["metrics"]
+            if metrics is not None:
+                return (metric.score(metrics, names) if names else score(metrics)), metrics
+    return None, None
+
+
+def retain(
+    run_url: str, keep_last: int, protect: Collection[str] = (), names: Sequence[str] = ()
+) -> list[str]:
+    """Remove complete checkpoints but the last `keep_last`, the best by `names`, and the URLs in `protect`.
 
     Returns the URLs that were removed. For the holder of the run's lease alone.
     """
@@ -130,7 +148,7 @@ def retain(run_url: str, keep_last: int, protect: Collection[str] = ()) -> list[
     if len(complete) <= keep_last:
         return []
     kept = {found.url for found in complete[-keep_last:]} | set(protect)
-    if (highest := _best(complete)) is not None:
+    if (highest := _best(complete, names)) is not None:
         kept.add(highest.url)
     removed = [found.url for found in complete if found.url not in kept]
     for url in removed:
@@ -169,17 +187,11 @@ def _is_complete(found: Checkpoint) -> bool:
     return storage.exists(storage.join(found.url, MANIFEST))
 
 
-def _best(complete: list[Checkpoint]) -> Checkpoint | None:
-    scored = [(value, found) for found in complete if (value := _score_of(found)) is not None]
-    return max(scored)[1] if scored else None
-
-
-def _score_of(found: Checkpoint) -> float | None:
-    """Of a manifest that cannot be read, None: a broken checkpoint is nobody's best."""
-    with contextlib.suppress(FileNotFoundError):
-        text = storage.read(storage.join(found.url, MANIFEST))
-        with contextlib.suppress(ValueError, RecursionError, TypeError, KeyError, AttributeError):
-            meta = json.loads(text)["meta"]
-            # A run that measures itself has said by what (run.evaluate.metric).
-            return score(meta["metrics"]) if meta.get("score") is None else float(meta["score"])
-    return None
+def _best(complete: list[Checkpoint], names: Sequence[str]) -> Checkpoint | None:
+    scored = [(value, found) for found in complete if (value := measured(found, names)[0]) is not None]
+    if not scored:
+        return None
+    if not names:
+        return max(scored)[1]
+    # Of two equals the earlier step, as whoever counts measurements without a better one has it.
+    return max(scored, key=lambda each: (each[0], -each[1].step, each[1].attempt))[1]

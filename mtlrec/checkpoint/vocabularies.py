@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from mtlrec.checkpoint.folder import MANIFEST
 from mtlrec.checkpoint.manifest import Manifest, broken
 from mtlrec.checkpoint.ranges import read_whole
 from mtlrec.data.vocabulary import Vocabulary
@@ -16,6 +17,9 @@ def load_vocabularies(url: str, manifest: Manifest) -> dict[str, Vocabulary]:
     more memory is taken than they have bytes.
     """
     found = {}
+    for known in manifest.meta["schema"]["tables"]:
+        if known.get("ids") == "vocabulary" and known["name"] not in manifest.vocabularies:
+            raise broken(url, MANIFEST, f"the vocabulary of table {known['name']!r} is missing")
     for table, entry in manifest.vocabularies.items():
         arrays = {
             name: np.frombuffer(read_whole(url, entry, name), np.uint8 if tensor.dtype == "U8" else np.int64)

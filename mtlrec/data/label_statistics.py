@@ -39,7 +39,7 @@ def measure_labels(job: Job, progress: Progress | None = None) -> SchemaSection:
 
     All are over the training rows that have the label and whose `given` task allows it, by sample weight. A
     prior counts the negatives that training draws for its task (as if every positive got all of them),
-    and stays half a row's weight away from 0 and 1; a target without any label has mean 0, and one of a
+    and stays half a row away from 0 and 1; a target without any label has mean 0, and one of a
     single value std 1. Raises InputError, naming file, row group, row and column, for a label that fits no
     task.
     """
@@ -47,12 +47,14 @@ def measure_labels(job: Job, progress: Progress | None = None) -> SchemaSection:
     dataset = Dataset.open(job.data.train, schema.columns())
     # Weight of the labels, their weighted sum, and sum of squares around the mean: by task.
     total, sums, squares = np.zeros((3, len(schema.tasks)))
+    labelled = np.zeros(len(schema.tasks), np.int64)
     done = 0
     for columns in _read(dataset, schema):
         weight = np.ones(len(columns)) if columns.weight is None else columns.weight.astype(np.float64)
         for t in range(len(schema.tasks)):
             here = columns.valid[:, t]
             label, by = columns.labels[here, t].astype(np.float64), weight[here]
+            labelled[t] += len(label)
             if (part := by.sum()) == 0:
                 continue
             mean = (by @ label) / part
@@ -69,7 +71,8 @@ def measure_labels(job: Job, progress: Progress | None = None) -> SchemaSection:
     for t, (name, task) in enumerate(job.schema_.tasks.items()):
         if isinstance(task, BinaryTask) and task.prior is None:
             more = drawn.per_positive * sums[t] if drawn is not None and drawn.task == name else 0.0
-            found[name] = task.model_copy(update={"prior": _prior(sums[t], total[t] + more)})
+            prior = _prior(sums[t], total[t] + more, labelled[t])
+            found[name] = task.model_copy(update={"prior": prior})
         elif isinstance(task, RegressionTask) and task.mean is None:
             mean, variance = (sums[t] / total[t], squares[t] / total[t]) if total[t] else (0.0, 0.0)
             # Rounding leaves a variance of almost nothing where all labels are alike.
@@ -78,8 +81,8 @@ def measure_labels(job: Job, progress: Progress | None = None) -> SchemaSection:
     return job.schema_.model_copy(update={"tasks": {**job.schema_.tasks, **found}})
 
 
-def _prior(positive: float, total: float) -> float:
-    least = 0.5 / (total + 1.0)
+def _prior(positive: float, total: float, rows: int) -> float:
+    least = 0.5 / (rows + 1.0)
     return float(np.clip(positive / total if total else 0.5, least, 1.0 - least))
 
 

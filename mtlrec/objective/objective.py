@@ -32,6 +32,13 @@ class Objective(nn.Module):
     task's `weight`.
     """
 
+    _weights: torch.Tensor
+    _by_batch: torch.Tensor
+    _pairwise: torch.Tensor
+    _halved: torch.Tensor
+    _factor: torch.Tensor
+    _shift: torch.Tensor
+
     def __init__(
         self,
         schema: Schema,

@@ -106,6 +106,21 @@ def test_labels_of_one_value_and_none_at_all_leave_finite_numbers(data: Path) ->
     assert (found["gone"]["mean"], found["gone"]["std"]) == (0.0, 1.0)
 
 
+def test_a_prior_does_not_depend_on_the_scale_of_weights(data: Path, rows: dict[str, np.ndarray]) -> None:
+    table = pq.read_table(data)
+    small = data.parent / f"{data.name}-light"
+    small.mkdir()
+    light = pa.array(table["trust"].to_numpy() * 1e-6)
+    pq.write_table(
+        table.set_column(table.schema.get_field_index("trust"), "trust", light), small / "a.parquet"
+    )
+    heavy, found = (
+        measure_labels(job_of(folder, TASKS, "trust")).model_dump()["tasks"]["click"]["prior"]
+        for folder in (data, small)
+    )
+    assert found == pytest.approx(heavy, rel=1e-5)
+
+
 def test_what_is_given_stays(data: Path) -> None:
     tasks = {
         "click": {"kind": "binary", "prior": 0.25},

@@ -23,8 +23,8 @@ def draw(seed: int, rows: int, users: int, *, binary: bool = True, alone: bool =
     hashes = np.append(random.integers(1, 2**64, users, dtype=np.uint64), NO_GROUP)
     user = hashes[random.integers(0, users + alone, rows)]
     groups = user + random.integers(0, 2, rows).astype(np.uint64)
-    labels = (random.random(rows) < 0.4) if binary else random.normal(size=rows)
-    labels = labels.astype(np.float32)
+    drawn = (random.random(rows) < 0.4) * 1.0 if binary else random.normal(size=rows)
+    labels = drawn.astype(np.float32)
     first, second = np.round(labels + random.normal(size=(2, rows)), 1).astype(np.float32)
     return (
         LabelledRows(user, groups, 2**40 + random.permutation(rows).astype(np.uint64), labels),

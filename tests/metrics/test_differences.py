@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def scored(seed: int) -> Scored:
 
 def test_every_scenario_and_task_is_one_paired_bootstrap() -> None:
     first, second = scored(1), scored(2)
-    events = []
+    events: list[Any] = []
     found = differences(first, second, replicates=50, seed=5, show=events.append)
     assert list(found) == ["all", "feed", "search"]
     for s, scenario in enumerate(("feed", "search")):

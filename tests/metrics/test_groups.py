@@ -61,9 +61,9 @@ def test_ranking_metrics_per_scenario_and_task() -> None:
     # In "all" a user is one group in each scenario.
     here = rows.valid[:, 0] & (rows.users != NO_GROUP)
     apart = rows.users + rows.scenario.astype(np.uint64)
-    expected = rank_groups(apart[here], rows.outputs[here, 0], rows.labels[here, 0] > 0, rows.ties[here])
+    ranked = rank_groups(apart[here], rows.outputs[here, 0], rows.labels[here, 0] > 0, rows.ties[here])
     found = result["all"]["click"]
-    assert {key: found[key] for key in (*RANKING, "groups")} == pytest.approx(expected.summary(10), rel=1e-12)
+    assert {key: found[key] for key in (*RANKING, "groups")} == pytest.approx(ranked.summary(10), rel=1e-12)
     assert found["groups"] == sum(result[name]["click"]["groups"] for name in SCENARIOS)
 
 
@@ -196,5 +196,6 @@ def test_arrays_that_are_no_state_are_refused() -> None:
 
 def test_regressions_alone_hold_no_groups() -> None:
     metrics = Metrics(["all"], [("rating", "regression")], grouped=True)
-    metrics.update(np.ones((2, 1), np.float32), np.zeros((2, 1)), np.ones((2, 1), bool), np.zeros(2, int))
+    zeros = np.zeros((2, 1), np.float32)
+    metrics.update(zeros + 1, zeros, np.ones((2, 1), bool), np.zeros(2, np.int64))
     assert metrics.result()["all"]["rating"] == {"rmse": 1.0, "mae": 1.0, "rows": 2, "positives": None}
