@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from types import FrameType
 from typing import Any
 
@@ -219,7 +219,12 @@ def _launch_on_ray(
     import ray
 
     show({"kind": "log", "text": f"starting {run.workers} Ray Train worker(s)"})
-    with _ray_session(ray, run, address), tempfile.TemporaryDirectory(prefix="mtlrec-ray-") as scratch:
+    with (
+        # What Ray tells the driver of a worker that died it prints, and stdout is for the command's result.
+        redirect_stdout(sys.stderr),
+        _ray_session(ray, run, address),
+        tempfile.TemporaryDirectory(prefix="mtlrec-ray-") as scratch,
+    ):
         import ray.train
         from ray.train.torch import TorchConfig, TorchTrainer
 

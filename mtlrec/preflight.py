@@ -68,7 +68,7 @@ def open_run(job: Job, holder: dict[str, Any], show: Show) -> tuple[Run, Lease] 
     url = storage.join(job.run.storage, job.name)
     newest = latest(url)
     before = read_manifest(newest.url) if newest else None
-    _refuse_nested(url, job)
+    refuse_nested(url, job, "run.storage: the run's folder")
     job = _measured(job, before, show)
     if before is not None:
         _refuse_changed_job(url, job, before)
@@ -208,12 +208,12 @@ def _progress(show: Show) -> Callable[[int, int], None]:
     return progress
 
 
-def _refuse_nested(url: str, job: Job) -> None:
+def refuse_nested(url: str, job: Job, what: str) -> None:
+    """InputError where `url`, to be written to, lies among the job's data. what: the user's word for it."""
     for field, data in (("data.train", job.data.train), ("data.eval", job.data.eval)):
         if data is not None and f"{url}/".startswith(f"{data.rstrip('/')}/"):
             raise InputError(
-                f"run.storage: the run's folder {url} lies in {field} ({data}), where every file is read as "
-                "data; keep runs elsewhere"
+                f"{what} {url} lies in {field} ({data}), where every file is read as data; keep it elsewhere"
             )
 
 

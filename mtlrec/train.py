@@ -78,6 +78,9 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
         )
         saver = _Saver(run, feed, judge, number, world, control, journal)
         saved, measured, stopped = checkpoint, None, False
+        if judge.is_over and world.rank == 0:
+            text = f"nothing has become better for {judge.since} measurements by step {trainer.step:,}"
+            control.show({"kind": "log", "text": f"{text}: a larger run.evaluate.patience goes on"})
         if trainer.step < total and not judge.is_over:
             signals = lambda: (control.should_stop(), journal.due())  # noqa: E731
             amounts = (len(tasks) + 2, trainer.objective.amounts)

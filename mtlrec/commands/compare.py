@@ -16,6 +16,7 @@ from mtlrec.data.shards import Dataset
 from mtlrec.display import Display
 from mtlrec.job.errors import InputError
 from mtlrec.launch import StopRequest, check_address
+from mtlrec.preflight import refuse_nested
 from mtlrec.stack import require_stack
 
 MAX_PARALLEL = 64
@@ -36,8 +37,11 @@ def compare(arguments: argparse.Namespace) -> int:
     for device in sorted({cell.job.run.device for cell in grid.cells}):
         require_stack(device)
     check_address(arguments.address)
+    out = _folder(grid, "compare") if arguments.out is None else storage.make_absolute(arguments.out, ".")
+    for cell in grid.cells:
+        refuse_nested(out, cell.job, "--out")
     setting = Setting(
-        out=_folder(grid, "compare") if arguments.out is None else storage.make_absolute(arguments.out, "."),
+        out=out,
         data=data,
         fingerprint=Dataset.open(data, ()).fingerprint if data is not None else None,
         workers=arguments.workers,

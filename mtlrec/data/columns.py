@@ -229,7 +229,16 @@ def _scenario(source: Source, schema: Schema) -> npt.NDArray[np.int32]:
 def _rows_in(table: Table, vocabularies: Mapping[str, Vocabulary]) -> _Rows:
     if table.ids == "vocabulary":
         vocabulary = vocabularies[table.name]
-        return lambda ids: vocabulary.look_up(hash_ids(ids))
+        of_integers = vocabulary.kind in ("int64", "uint64")
+
+        def look_up(ids: pa.Array | Array) -> npt.NDArray[np.int64]:
+            if len(ids) and isinstance(ids, np.ndarray) != of_integers:
+                # Every one would be unknown, in silence.
+                kinds = ("integers", "text") if of_integers else ("text", "integers")
+                raise IdError(f"the vocabulary of table {table.name!r} holds {kinds[0]}, not {kinds[1]}", 0)
+            return vocabulary.look_up(hash_ids(ids))
+
+        return look_up
     how = table.ids
     return lambda ids: rows_of(ids, table.rows, how)
 

@@ -112,6 +112,10 @@ def build_model(job: Job, schema: Schema, device: torch.device) -> Recommender:
         towers.output_bias.copy_(starts.view_as(towers.output_bias))
     model.backbone.to(device)
     model.towers.to(device)
+    if any(task.kind == "pairwise" for task in schema.tasks):
+        # It cancels in every difference of scores: only rounding reaches it, of which Adam would make steps.
+        learnt = torch.tensor([task.kind != "pairwise" for task in schema.tasks], device=device)
+        towers.output_bias.register_hook(lambda gradient: gradient * learnt.view_as(gradient))
     return model
 
 

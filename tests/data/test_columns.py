@@ -11,6 +11,7 @@ import pytest
 from mtlrec.data.columns import build_columns, column_names, join, list_features, single_features
 from mtlrec.data.ids import hash_ids, rows_of
 from mtlrec.data.vocabulary import count
+from mtlrec.job.errors import InputError
 from tests.data.built import build, refused, schema_of
 
 NAN, INF = float("nan"), float("inf")
@@ -174,6 +175,12 @@ def test_a_vocabulary_says_which_row_an_id_has(known, asked):
     assert unknown < 2 <= min(first, second, third)
     assert columns.ids.tolist() == [[third, unknown, -1, second, first, third]]
     assert lists_of(columns) == [[third, unknown], [], [second, first, third], [], [], []]
+
+
+def test_ids_of_another_kind_than_a_vocabulary_s_are_refused():
+    vocabulary = count([pa.chunked_array([pa.array(["a", "b"])])]).to_vocabulary(2)
+    with pytest.raises(InputError, match=r"column u: the vocabulary of table 'u' holds text, not integers"):
+        build(schema_of({"u": {"kind": "id", **WORDS}}), vocabularies={"u": vocabulary}, u=[1, 2])
 
 
 def test_more_ids_of_a_vocabulary_than_are_looked_up_at_a_time():

@@ -219,7 +219,7 @@ def test_runs_among_the_data_and_unknown_tables_are_refused(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = str(home / "job.yaml")
-    assert "keep runs elsewhere" in refused(capsys, "train", job, "--set", f"run.storage={home}/train")
+    assert "keep it elsewhere" in refused(capsys, "train", job, "--set", f"run.storage={home}/train")
     assert "run.sharding.nosuch" in refused(capsys, "train", job, "--set", "run.sharding={nosuch: row_wise}")
     assert "run.report_every_s" in refused(capsys, "train", job, "--set", "run.report_every_s=.inf")
     assert not (home / "runs").exists()

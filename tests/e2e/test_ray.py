@@ -131,7 +131,7 @@ def test_a_killed_worker_and_a_killed_driver_lose_nothing(home: Path, undisturbe
     assert len(attempts) > 1, "the restarted workers write to folders of their own"
     ours = first.descendants()
     os.kill(first.process.pid, signal.SIGKILL)
-    first.process.wait()
+    assert first.process.communicate()[0] == "", "what Ray says of a dead worker is no result"
     wait_until_gone(ours)
     second = Command(home, "train", "job.yaml", "--name", "killed", "--workers", "1")
     result = second.result()

@@ -304,3 +304,21 @@ def test_towers_do_not_see_each_other() -> None:
     assert x.grad[0].any() and not x.grad[1].any()
     assert towers.last.weight.grad is not None
     assert towers.last.weight.grad[0].any() and not towers.last.weight.grad[1].any()
+
+
+def test_the_bias_of_a_pairwise_output_is_not_learnt() -> None:
+    """It cancels in every difference of scores, so that all that could move it is rounding."""
+    job = example_job()
+    raw = job.to_dict()
+    raw["schema"] |= {"user": "user", "item": "item"}
+    raw["schema"]["tasks"]["buy"] = {"kind": "pairwise"}
+    raw["data"]["negatives"] = {"task": "buy"}
+    job = job_from_dict(raw, "test")
+    model = build_model(job, example_schema(job), torch.device("cpu"))
+    towers = model.towers
+    assert isinstance(towers, Towers)
+    first = towers.layers[0].weight
+    assert isinstance(first, torch.Tensor)
+    towers(torch.randn(3, 5, first.shape[1])).sum().backward()
+    gradient = towers.output_bias.grad
+    assert gradient is not None and gradient.flatten().tolist() == [5.0, 0.0, 5.0]
