@@ -131,8 +131,10 @@ def test_a_killed_worker_and_a_killed_driver_lose_nothing(home: Path, undisturbe
     assert len(attempts) > 1, "the restarted workers write to folders of their own"
     ours = first.descendants()
     os.kill(first.process.pid, signal.SIGKILL)
-    assert first.process.communicate()[0] == "", "what Ray says of a dead worker is no result"
+    first.process.wait()
     wait_until_gone(ours)
+    # Read once nobody is left to hold the pipe open.
+    assert first.process.communicate()[0] == "", "what Ray says of a dead worker is no result"
     second = Command(home, "train", "job.yaml", "--name", "killed", "--workers", "1")
     result = second.result()
     assert "resuming killed at step" in second.err.read_text()
