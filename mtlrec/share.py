@@ -20,16 +20,20 @@ SHOW_EVERY_S = 0.5
 Result = TypeVar("Result")
 
 
+def share_of(dataset: Dataset, world: World) -> list[int]:
+    """This worker's row groups: neighbours in the order of the ranks, about as many rows each; maybe none."""
+    owner = dataset.group_start * world.world_size // dataset.rows
+    return [int(group) for group in np.flatnonzero(owner == world.rank)]
+
+
 def over_share(
     read: Callable[[int], Result], dataset: Dataset, world: World, control: Control, what: str
 ) -> Iterator[Result]:
     """`read(group)` for each row group of this worker's share, in order; reading goes a little ahead.
 
-    The shares are neighbours in the order of the ranks, about as many rows for each; one may be empty. `what`
-    names the pass on rank 0's screen, where it is as far along as if all were as fast as rank 0.
+    `what` names the pass on rank 0's screen, where it is as far along as if all were as fast as rank 0.
     """
-    owner = dataset.group_start * world.world_size // dataset.rows
-    groups = np.flatnonzero(owner == world.rank).tolist()
+    groups = share_of(dataset, world)
     began = shown = time.monotonic()
     done = 0
 

@@ -28,6 +28,7 @@ from mtlrec.data.vocabulary import Counts, Kind, Vocabulary, common_kind, count,
 from mtlrec.distributed import World, all_gather_bytes, broadcast_bytes
 from mtlrec.job.errors import InputError
 from mtlrec.lockstep import together
+from mtlrec.share import share_of
 from mtlrec.storage import StorageError
 
 FOLDER = "vocabularies"
@@ -221,7 +222,7 @@ class _Builder:
                 runs[number].append(_write(storage.join(scratch, name), _cut(counts)))
 
         progress = _Progress(self._dataset, self._world, self._control)
-        groups = _share(self._dataset, self._world)
+        groups = share_of(self._dataset, self._world)
         for group, found in zip(groups, _ahead(self._count_group, groups), strict=True):
             for number, counts in enumerate(found):
                 kinds[number].add(counts.kind)
@@ -346,12 +347,6 @@ class _Progress:
             self._control.show(
                 {**event, "rows_per_s": rate, "seconds_left": (self._rows - done) / max(rate, 1e-9)}
             )
-
-
-def _share(dataset: Dataset, world: World) -> list[int]:
-    """The row groups that this worker counts: neighbours, about as many rows for each worker."""
-    owner = dataset.group_start * world.world_size // dataset.rows
-    return [int(group) for group in np.flatnonzero(owner == world.rank)]
 
 
 def _cut(counts: Counts) -> Iterator[Counts]:
