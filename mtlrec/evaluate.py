@@ -32,6 +32,9 @@ from mtlrec.metrics.metrics import Metrics
 from mtlrec.schema import Schema
 from mtlrec.sharding import ShardedModel
 
+Measured = tuple[dict[str, Any], dict[str, Any] | None]
+"""Metrics by scenario and task, and the best that any model could reach where the data says so; on rank 0."""
+
 SHOW_EVERY_S = 2.0
 IDEAL = "_ideal.json"
 
@@ -46,7 +49,7 @@ def evaluate(
     *,
     vocabularies: Mapping[str, Vocabulary] = MappingProxyType({}),
     keep: Scores | None = None,
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
+) -> Measured:
     """Score every row of the data set at `url` once, all workers together.
 
     Where the schema names the user, ranking is measured within each user's rows too. `keep` is given every

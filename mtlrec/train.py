@@ -10,22 +10,19 @@ from mtlrec import storage
 from mtlrec.assembly import Trainer, assemble
 from mtlrec.checkpoint import folder
 from mtlrec.checkpoint.manifest import read_manifest
-from mtlrec.checkpoint.save import finish, save
+from mtlrec.checkpoint.save import finish
 from mtlrec.checkpoint.starts import claim_start
 from mtlrec.control import Control
 from mtlrec.data.order import Position
 from mtlrec.distributed import World, all_ok, broadcast_bytes
-from mtlrec.evaluate import evaluate
+from mtlrec.evaluate import Measured, evaluate
 from mtlrec.feed import Feed, open_feed
 from mtlrec.job.errors import InputError
 from mtlrec.journal import Journal
 from mtlrec.judge import Judge
 from mtlrec.lockstep import in_step, together
 from mtlrec.preflight import RESULT, Run, asked_of
-from mtlrec.sharding import local_blocks
-
-Measured = tuple[dict[str, Any], dict[str, Any] | None]
-"""Metrics, and the best that any model could reach where the data says so; on rank 0 alone."""
+from mtlrec.saver import Saver
 
 
 def train(run: Run, world: World, control: Control) -> dict[str, Any]:
@@ -76,7 +73,7 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
             every_s=job.run.report_every_s,
             record_rows=job.run.record_rows,
         )
-        saver = _Saver(run, feed, judge, number, world, control, journal)
+        saver = Saver(run, feed, judge, number, world, control, journal)
         saved, measured, stopped = checkpoint, None, False
         if judge.is_over and world.rank == 0:
             text = f"nothing has become better for {judge.since} measurements by step {trainer.step:,}"
@@ -136,57 +133,6 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
     journal.close()
     all_ok(None, world)
     return result
-
-
-class _Saver:
-    """Writes checkpoints of one attempt, and keeps as many as the job says."""
-
-    def __init__(
-        self,
-        run: Run,
-        feed: Feed,
-        judge: Judge,
-        start: int,
-        world: World,
-        control: Control,
-        journal: Journal,
-    ) -> None:
-        self._run, self._feed, self._judge = run, feed, judge
-        self._start, self._world, self._control, self._journal = start, world, control, journal
-
-    def is_due(self, step: int) -> bool:
-        """After so many steps, or where this step is the best so far."""
-        every = self._feed.job.run.checkpoint.every_steps
-        return (every is not None and step % every == 0) or self._judge.best_step == step
-
-    def save(self, trainer: Trainer, position: Position, measured: Measured | None) -> str:
-        """Write one checkpoint, all ranks together, and return its URL. measured: of this very step."""
-        # What has diverged must not take the place of a good checkpoint.
-        self._journal.report()
-        self._journal.pause()
-        self._journal.flush()
-        feed = self._feed
-        url = folder.checkpoint_url(self._run.url, trainer.step, self._start)
-        meta = {
-            "job": feed.job.to_dict(),
-            "schema": feed.schema.to_dict(),
-            "schema_fingerprint": feed.schema.fingerprint(),
-            "data": {"fingerprint": feed.dataset.fingerprint, "index": feed.dataset.index()},
-            "step": trainer.step,
-            "position": position.to_json(),
-            "attempt": self._start,
-            "metrics": measured[0] if measured else None,
-            "judge": self._judge.to_json(),
-        }
-        blocks, dense = local_blocks(trainer.model), trainer.dense_tensors()
-        save(url, blocks, dense, meta, self._world, vocabularies=feed.vocabularies)
-        self._control.report({"step": float(trainer.step)}, url)
-        if self._world.rank == 0:
-            self._control.show({"kind": "saved", "step": trainer.step, "url": url})
-            folder.sweep(self._run.url, self._start)
-            names = self._judge.section.metric if self._judge.section is not None else ()
-            folder.retain(self._run.url, feed.job.run.checkpoint.keep_last, names=names)
-        return url
 
 
 def _measure(trainer: Trainer, feed: Feed, judge: Judge, world: World, control: Control) -> Measured:

@@ -23,7 +23,7 @@ LAYERS = """
     quiet distributed batch data.reader lockstep share vocabularies interactions
     model optimizers plan sharding objective
     checkpoint.tensors checkpoint.vocabularies checkpoint.save checkpoint.load
-    assembly feed evaluate predict journal train actions
+    assembly feed evaluate predict journal saver train actions
     ---
     launch commands cli
 """
