@@ -17,6 +17,12 @@ class Control(Protocol):
     def should_stop(self) -> bool:
         """The user asked for an end at the next step. Any rank may hear it."""
 
+    def should_save(self) -> bool:
+        """A checkpoint is wanted at the next step (a node is about to go). Any rank may hear it.
+
+        Asked once a step, and answered by yes once for every checkpoint that is wanted.
+        """
+
 
 class Silent:
     """No one is watching: for tests and programs that call a loop directly."""
@@ -28,4 +34,7 @@ class Silent:
         del metrics, checkpoint
 
     def should_stop(self) -> bool:
+        return False
+
+    def should_save(self) -> bool:
         return False

@@ -105,6 +105,9 @@ class _DirectControl:
         self._alive()
         return self._stop.asked
 
+    def should_save(self) -> bool:
+        return False
+
 
 class _Board:
     """An actor between the workers and the driver: events one way, the stop request the other."""
@@ -164,6 +167,9 @@ class _RayControl:
         if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
             answer, self._answer = self._answer, None
             return bool(ray.get(answer))
+        return False
+
+    def should_save(self) -> bool:
         return False
 
 
