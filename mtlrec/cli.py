@@ -108,6 +108,10 @@ def _parser() -> argparse.ArgumentParser:
         )
         parser_.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
+    stop = commands.add_parser("stop", help="ask whoever trains a run to save and end (needs no torch)")
+    stop.add_argument("run", metavar="RUN", help="the run's folder")
+    stop.set_defaults(command=_stop)
+
     inspect = commands.add_parser("inspect", help="show what a checkpoint holds (needs no torch)")
     inspect.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint or run folder (its latest)")
     inspect.add_argument("--verify", action="store_true", help="read every byte and check its checksum")
@@ -121,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     schema = commands.add_parser("job-schema", help="print the JSON schema of a job file, for editors")
     schema.set_defaults(command=_job_schema)
 
-    for parser_ in (synth, prepare, train, compare, evaluate, predict, inspect, doctor):
+    for parser_ in (synth, prepare, train, compare, evaluate, predict, stop, inspect, doctor):
         parser_.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return parser
 
@@ -186,6 +190,12 @@ def _predict(arguments: argparse.Namespace) -> int:
     from mtlrec.commands.checkpoint import predict
 
     return predict(arguments)
+
+
+def _stop(arguments: argparse.Namespace) -> int:
+    from mtlrec.commands.stop import stop
+
+    return stop(arguments)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:

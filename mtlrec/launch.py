@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import signal
 import socket
 import sys
 import tempfile
@@ -13,50 +12,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
-from types import FrameType
 from typing import Any
 
 from mtlrec import storage
 from mtlrec.job.errors import InputError
 from mtlrec.job.run import RunSection
+from mtlrec.stopping import StopRequest
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 CONNECT_S = 5.0
 """Seconds in which a cluster must accept a connection."""
 POLL_S = 0.25
 """Seconds between two looks of the driver at what its workers have shown."""
-
-
-class StopRequest:
-    """Set by SIGINT or SIGTERM: the loop ends at its next step, with a checkpoint. A second ends at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._hear: Callable[[int, FrameType | None], None] | None = None
-
-    @contextmanager
-    def listening(self, say: Callable[[str], None]) -> Iterator[StopRequest]:
-        def hear(number: int, frame: FrameType | None) -> None:
-            del frame
-            if self.asked:
-                raise KeyboardInterrupt
-            self.asked = True
-            say(f"{signal.Signals(number).name}: stopping at the next step with a checkpoint; again: now")
-
-        self._hear = hear
-        before = {number: signal.signal(number, hear) for number in _SIGNALS}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            self._hear = None
-
-    def listen_again(self) -> None:
-        """Take the signals back from a library that has put handlers of its own in place of ours."""
-        if self._hear is not None:
-            for number in _SIGNALS:
-                signal.signal(number, self._hear)
 
 
 def launch(

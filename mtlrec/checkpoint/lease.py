@@ -133,6 +133,20 @@ class Lease:
                 self._renewed = before
 
 
+def holder(run_url: str) -> dict[str, Any] | None:
+    """What the newest attempt says of itself, with a `description`; None where it has let go or is gone.
+
+    Raises InputError where there was no attempt at all: `run_url` is no run.
+    """
+    newest, body = _newest(run_url)
+    if not newest:
+        raise InputError(f"{run_url}: not a run's folder: nobody has trained there")
+    record = _parse(body)
+    if record.get("released_at") is not None or _is_alive_here(record) is False:
+        return None
+    return {**record, "attempt": newest, "description": _describe(record)}
+
+
 def _refuse_if_held(run_url: str, attempt: int, body: bytes, say: Callable[[str], None] | None) -> None:
     """Return if attempt `attempt`, whose file holds `body`, has ended; else raise InputError."""
     record = _parse(body)

@@ -14,10 +14,11 @@ from mtlrec.commands.console import DONE, print_json, print_text
 from mtlrec.display import Display
 from mtlrec.job.errors import InputError
 from mtlrec.job.run import MAX_WORKERS
-from mtlrec.launch import StopRequest, check_address, launch
+from mtlrec.launch import check_address, launch
 from mtlrec.metrics.bootstrap import REPLICATES
 from mtlrec.preflight import RESULT, open_checkpoint
 from mtlrec.stack import require_stack
+from mtlrec.stopping import StopRequest
 
 MAX_REPLICATES = 100_000
 

@@ -15,9 +15,10 @@ from mtlrec.compare.table import Column, columns, comparison, markdown, page
 from mtlrec.data.shards import Dataset
 from mtlrec.display import Display
 from mtlrec.job.errors import InputError
-from mtlrec.launch import StopRequest, check_address
+from mtlrec.launch import check_address
 from mtlrec.preflight import refuse_nested
 from mtlrec.stack import require_stack
+from mtlrec.stopping import StopRequest
 
 MAX_PARALLEL = 64
 

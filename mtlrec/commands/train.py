@@ -11,9 +11,10 @@ from typing import Any
 from mtlrec.commands.console import DONE, STOPPED, print_json
 from mtlrec.display import Display
 from mtlrec.job.job import Job
-from mtlrec.launch import StopRequest, check_address, launch
+from mtlrec.launch import check_address, launch
 from mtlrec.preflight import open_run, read_job
 from mtlrec.stack import require_stack
+from mtlrec.stopping import StopRequest
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -41,7 +42,7 @@ def _train_one(arguments: argparse.Namespace, job: Job) -> int:
             display.say(f"run {job.name} has finished at step {opened['steps']:,}; raise run.epochs to go on")
             return _show_result(arguments, display, {**opened, "already_finished": True})
         run, lease = opened
-        with lease, stop.listening(display.say):
+        with lease, stop.listening(display.say), stop.watching(run.url, display.say):
             result = launch(
                 "train",
                 asdict(run),
