@@ -22,7 +22,8 @@ LAYERS = """
     ---
     quiet distributed batch data.reader lockstep share vocabularies interactions
     model optimizers plan sharding objective
-    checkpoint.tensors checkpoint.vocabularies checkpoint.save checkpoint.load
+    checkpoint.tensors checkpoint.vocabularies checkpoint.parts checkpoint.snapshot checkpoint.save
+    checkpoint.load
     assembly feed evaluate predict journal saver train actions
     ---
     launch commands cli

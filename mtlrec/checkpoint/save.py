@@ -1,74 +1,157 @@
-"""Writes a checkpoint: every rank its own rows, straight to their final place, and the manifest last."""
+"""Saves a checkpoint: every rank its own rows, in a thread of its own, and the manifest last.
+
+No collective runs in a thread. Where the ranks stand is told by whoever calls: at every step (`advance`), or
+all at once (`wait`).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import json
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 
 import mtlrec
 from mtlrec import storage
-from mtlrec.checkpoint import layout
+from mtlrec.checkpoint import parts
 from mtlrec.checkpoint.folder import MANIFEST, discard
-from mtlrec.checkpoint.manifest import (
-    CHUNK_ROWS,
-    DENSE_FILE,
-    MAX_MANIFEST_BYTES,
-    Block,
-    FileEntry,
-    Manifest,
-    TableEntry,
-    TensorEntry,
-    VocabularyEntry,
-    checksum,
-    encode,
-    find_missing,
-    find_problem,
-    num_chunks,
-    read_manifest,
-)
-from mtlrec.checkpoint.ranges import in_threads
-from mtlrec.checkpoint.tensors import TableBlock, Values, dtype_name, tensors_of, to_bytes
+from mtlrec.checkpoint.manifest import Manifest, encode, read_manifest
+from mtlrec.checkpoint.tensors import TableBlock
 from mtlrec.data.vocabulary import Vocabulary
 from mtlrec.distributed import World, all_ok
 from mtlrec.job.errors import InputError
 from mtlrec.storage import StorageError
 
-BLOCK_ROWS = 65_536
-BLOCK_BYTES = 64 * 2**20
-"""A file of a table has at most so many rows and bytes (but always one chunk of rows)."""
-THREADS = 4
-"""Files that are written side by side, each with one block in memory."""
-_PARTS = "parts"
 _INPUT, _FAULT = "input:", "fault:"
 """How a failure is marked on its way to the other ranks."""
 
-Result = TypeVar("Result")
 
+class Saving:
+    """One checkpoint in the making, as one rank sees it. Every rank makes one at the same step.
 
-class Part(BaseModel):
-    """What one rank wrote."""
+    First each rank writes its rows; when all have, rank 0 writes the manifest, and then it is complete. What
+    it is given must not change until the first is done: hand it copies, or wait.
+    """
 
-    model_config = ConfigDict(strict=True, frozen=True)
+    def __init__(
+        self,
+        url: str,
+        blocks: Iterable[TableBlock],
+        dense: Mapping[str, torch.Tensor],
+        meta: Mapping[str, Any],
+        world: World,
+        vocabularies: Mapping[str, Vocabulary] | None = None,
+        *,
+        beside: Callable[[], None] | None = None,
+        after: Callable[[], None] | None = None,
+        threads: int = parts.THREADS,
+    ) -> None:
+        """Start to write the folder `url`, which must be new. Returns at once.
 
-    rank: int
-    tables: dict[str, list[Block]]
-    dense: FileEntry | None
-    vocabularies: dict[str, VocabularyEntry]
+        blocks: what this rank holds of the tables; replicated ones are written by rank 0. dense: every other
+        tensor, parameters and optimizer state, the same on all ranks. meta: as `Manifest.meta`; `saved_at`
+        and `mtlrec_version` are set here. vocabularies: those of tables, by name, the same on all ranks.
+        beside: what this rank must have written before there is a manifest. after: what rank 0 does once it
+        is there. Both run in the thread. threads: files of this rank that are written side by side.
+        """
+        self.url = url
+        self.manifest: Manifest | None = None
+        """On rank 0, once complete."""
+        self.is_complete = False
+        self._world, self._after, self._threads = world, after, threads
+        self._meta = parts.plain({**meta, "saved_at": _now(), "mtlrec_version": _version()})
+        self._blocks = list(blocks)
+        self._dense = dense if world.rank == 0 else None
+        self._vocabularies = vocabularies if world.rank == 0 else None
+        self._beside = beside
+        self._is_written = False
+        self._is_ours = False
+        """The folder is of this attempt, and to be removed where it fails."""
+        self._failure: Exception | None = None
+        self._thread: threading.Thread | None = None
+        self._start(self._write)
 
+    @property
+    def is_busy(self) -> bool:
+        """This rank's thread is at work."""
+        return self._thread is not None and self._thread.is_alive()
 
-class _Piece(NamedTuple):
-    """Rows [begin, end) of a local block: what goes into one file."""
+    @property
+    def has_failed(self) -> bool:
+        """This rank's thread has ended with a failure."""
+        return not self.is_busy and self._failure is not None
 
-    block: TableBlock
-    begin: int
-    end: int
+    def advance(self, busy: bool, failed: bool) -> None:
+        """Go on where that is possible without waiting; sets `is_complete`.
+
+        busy, failed: whether any rank was busy, or had failed, when all were asked, at one and the same step.
+        Where any rank failed, and none is at work any more, every rank raises and what was written is
+        removed: InputError for what the user can put right, else StorageError, or the rank's own exception.
+        """
+        if not busy:
+            if failed:
+                self._settle()
+            self._go_on()
+
+    def wait(self) -> None:
+        """Stay until it is complete. A collective; raises as `advance` does."""
+        while not self.is_complete:
+            if self._thread is not None:
+                self._thread.join()
+            self._settle()
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Every rank is done with its part of what was to be done."""
+        if self._is_written:
+            self.is_complete = True
+            return
+        self._is_written = True
+        # The rows that it was given may change from here on.
+        self._blocks, self._dense, self._thread = [], None, None
+        if self._world.rank == 0:
+            self._start(self._merge)
+
+    def _settle(self) -> None:
+        """Raise, on every rank, where any has failed. A collective."""
+        failure = _shared(self._failure, self._world)
+        if failure is None:
+            return
+        # Every rank has come to the same end, so nobody writes here any more: make room at once.
+        if self._world.rank == 0 and self._is_ours:
+            with contextlib.suppress(InputError, StorageError):
+                discard(self.url)
+        raise failure
+
+    def _start(self, work: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                work()
+            except Exception as error:  # raised where all ranks know of it
+                self._failure = error
+
+        # A process that has to end does not wait for it: what is left is no checkpoint, and is swept.
+        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _write(self) -> None:
+        _check_new(self.url, self._world.rank)
+        self._is_ours = True
+        if self._beside is not None:
+            self._beside()
+        parts.write_part(
+            self.url, self._blocks, self._dense, self._world.rank, self._vocabularies, self._threads
+        )
+
+    def _merge(self) -> None:
+        self.manifest = parts.merge(self.url, self._meta, self._world.world_size)
+        self._is_ours = False  # complete, whatever comes after
+        if self._after is not None:
+            self._after()
 
 
 def save(
@@ -79,176 +162,41 @@ def save(
     world: World,
     vocabularies: Mapping[str, Vocabulary] | None = None,
 ) -> Manifest | None:
-    """Write the checkpoint folder `url`, which must be new. A collective; returns the manifest on rank 0.
+    """Write a checkpoint and wait for it. A collective; returns the manifest on rank 0.
 
-    blocks: what this rank holds of the tables; replicated ones are written by rank 0. dense: every other
-    tensor, parameters and optimizer state, the same on all ranks. meta: as `Manifest.meta`; `saved_at` and
-    `mtlrec_version` are set here. vocabularies: those of tables, by name, the same on all ranks. Where any
-    rank fails, every rank raises (InputError for what the user can put right, else StorageError, or the
-    failing rank's own exception), and there is no manifest.
+    As `Saving` and `Saving.wait` have it.
     """
-    described = {**meta, "saved_at": _now(), "mtlrec_version": _version()}
-    our_dense, our_vocabularies = (dense, vocabularies) if world.rank == 0 else (None, None)
-    _together(world, lambda: _check_new(url) if world.rank == 0 else None)
-    try:
-        _together(world, lambda: write_part(url, blocks, our_dense, world.rank, our_vocabularies))
-        return _together(world, lambda: merge(url, described, world.world_size) if world.rank == 0 else None)
-    except (InputError, StorageError):
-        # Every rank has come to the same end, so nobody writes here any more: make room at once.
-        if world.rank == 0:
-            with contextlib.suppress(InputError, StorageError):
-                discard(url)
-        raise
+    saving = Saving(url, blocks, dense, meta, world, vocabularies)
+    saving.wait()
+    return saving.manifest
 
 
 def finish(url: str, metrics: Mapping[str, Any]) -> Manifest:
     """Put what was measured into the manifest of a complete checkpoint, all at once. One rank calls."""
     manifest = read_manifest(url)
-    manifest = manifest.model_copy(update={"meta": _plain({**manifest.meta, "metrics": dict(metrics)})})
+    manifest = manifest.model_copy(update={"meta": parts.plain({**manifest.meta, "metrics": dict(metrics)})})
     storage.write(storage.join(url, MANIFEST), encode(manifest))
     return manifest
 
 
-def write_part(
-    url: str,
-    blocks: Iterable[TableBlock],
-    dense: Mapping[str, torch.Tensor] | None,
-    rank: int,
-    vocabularies: Mapping[str, Vocabulary] | None = None,
-) -> Part:
-    """Write this rank's files, and their list to `parts/`. No collective: it may run in any thread."""
-    pieces = [piece for block in blocks if rank == 0 or not block.replicated for piece in _cut(block)]
-    tables: dict[str, list[Block]] = {}
-    written = in_threads(lambda piece: _write_piece(url, piece), pieces, THREADS)
-    for piece, entry in zip(pieces, written, strict=True):
-        tables.setdefault(piece.block.table, []).append(entry)
-    part = Part(
-        rank=rank,
-        tables=tables,
-        dense=_write_file(url, DENSE_FILE, dense, {}) if dense is not None else None,
-        vocabularies={name: _write_vocabulary(url, name, v) for name, v in (vocabularies or {}).items()},
-    )
-    storage.write(_part_url(url, rank), part.model_dump_json().encode())
-    return part
-
-
-def merge(url: str, meta: Mapping[str, Any], world_size: int) -> Manifest:
-    """Put the ranks' parts together, make sure that all is there, and write the manifest. One rank calls."""
-    tables: dict[str, list[Block]] = {}
-    vocabularies: dict[str, VocabularyEntry] = {}
-    dense = None
-    part_urls = [_part_url(url, rank) for rank in range(world_size)]
-    for text in in_threads(storage.read, part_urls, THREADS):
-        part = Part.model_validate_json(text)
-        dense = part.dense or dense
-        vocabularies.update(part.vocabularies)
-        for name, blocks in part.tables.items():
-            tables.setdefault(name, []).extend(blocks)
-    assert dense is not None, "rank 0 writes the dense tensors"
-    manifest = Manifest(
-        chunk_rows=CHUNK_ROWS,
-        meta=_plain(meta),
-        tables={name: _table(blocks) for name, blocks in sorted(tables.items())},
-        dense=dense,
-        vocabularies=vocabularies,
-    )
-    problem = find_problem(manifest)
-    assert problem is None, problem
-    if missing := find_missing(url, manifest.files()):
-        raise StorageError(f"{storage.join(url, missing[0])}: just written, and now {missing[1]}")
-    text = encode(manifest)
-    assert len(text) <= MAX_MANIFEST_BYTES, f"a manifest of {len(text):,} bytes"
-    target = storage.join(url, MANIFEST)
-    # A create that was repeated after a lost answer finds its own first try.
-    if not storage.create(target, text) and storage.read(target) != text:
-        raise StorageError(f"{target}: another process wrote this checkpoint meanwhile")
-    with contextlib.suppress(InputError, StorageError):
-        storage.remove_tree(storage.join(url, _PARTS))
-    return manifest
-
-
-def _table(blocks: list[Block]) -> TableEntry:
-    rows = max(block.row + block.rows for block in blocks)
-    dim = max(block.column + block.columns for block in blocks)
-    return TableEntry(rows=rows, dim=dim, blocks=sorted(blocks, key=lambda block: (block.row, block.column)))
-
-
-def _cut(block: TableBlock) -> Iterable[_Piece]:
-    """The block in pieces of whole chunks, each small enough for a file."""
-    row_bytes = sum(each.element_size() * (each.numel() // block.rows) for each in tensors_of(block).values())
-    rows = min(BLOCK_ROWS, max(BLOCK_BYTES // row_bytes // CHUNK_ROWS, 1) * CHUNK_ROWS)
-    for begin in range(0, block.rows, rows):
-        yield _Piece(block, begin, min(begin + rows, block.rows))
-
-
-def _write_piece(url: str, piece: _Piece) -> Block:
-    block, begin, end = piece
-    row = block.row + begin
-    suffix = f".c{block.column:04d}" if block.column else ""
-    file = f"tables/{block.table}/{row:012d}{suffix}.safetensors"
-    tensors = {name: value[begin:end] for name, value in tensors_of(block).items()}
-    about = {"table": block.table, "row": str(row), "column": str(block.column)}
-    entry = _write_file(url, file, tensors, about)
-    return Block(row=row, rows=end - begin, column=block.column, columns=block.columns, **dict(entry))
-
-
-def _write_vocabulary(url: str, table: str, vocabulary: Vocabulary) -> VocabularyEntry:
-    kind, reserved = vocabulary.kind, vocabulary.reserved
-    about = {"table": table, "kind": kind, "reserved": str(reserved)}
-    entry = _write_file(url, f"vocabularies/{table}.safetensors", vocabulary.to_arrays(), about)
-    return VocabularyEntry(kind=kind, ids=len(vocabulary), reserved=reserved, **dict(entry))
-
-
-def _write_file(url: str, file: str, tensors: Mapping[str, Values], metadata: Mapping[str, str]) -> FileEntry:
-    head, slots = layout.arrange(
-        {name: (dtype_name(value), tuple(value.shape)) for name, value in tensors.items()}, metadata
-    )
-    entries = {}
-    with storage.write_stream(storage.join(url, file)) as stream:
-        stream.write(head)
-        for name, slot in slots.items():
-            data = to_bytes(tensors[name])
-            stream.write(data)
-            entries[name] = TensorEntry(
-                dtype=slot.dtype,  # type: ignore[arg-type]  # one of the format's names
-                shape=list(slot.shape),
-                offset=slot.offset,
-                bytes=len(data),
-                checksums=_checksums(data, slot.shape),
-            )
-    size = len(head) + sum(entry.bytes for entry in entries.values())
-    return FileEntry(file=file, size=size, header_checksum=checksum(head), tensors=entries)
-
-
-def _checksums(data: memoryview, shape: tuple[int, ...]) -> list[str]:
-    rows = shape[0] if shape else 1
-    step = CHUNK_ROWS * (len(data) // rows) if rows else 0
-    return [checksum(data[index * step : (index + 1) * step]) for index in range(num_chunks(rows))]
-
-
-def _check_new(url: str) -> None:
-    """Files of another attempt in the folder could be taken for ours."""
-    if storage.list_files(url):
+def _check_new(url: str, rank: int) -> None:
+    """What another attempt left under these names could be taken for ours."""
+    found = {file.path for file in storage.list_files(url)}
+    if found & {MANIFEST, parts.part_name(rank)}:
         raise StorageError(f"{url}: not an empty folder; every attempt at a run writes to folders of its own")
 
 
-def _together(world: World, action: Callable[[], Result]) -> Result:
-    """Run `action` on every rank; if any fails, every rank raises, an InputError before any other."""
-    result: Result | None = None
-    failure: Exception | None = None
-    try:
-        result = action()
-    except Exception as error:
-        failure = error
+def _shared(failure: Exception | None, world: World) -> Exception | None:
+    """What this rank raises when any rank has failed, an InputError before any other; None where none has."""
     failures = all_ok(_in_words(failure), world)
     for words in failures:
         if words.startswith(_INPUT):
-            raise InputError(words.removeprefix(_INPUT)) from failure
-    if failure is not None:
-        raise failure
-    if failures:
-        raise StorageError(failures[0].removeprefix(_FAULT))
-    return result  # type: ignore[return-value]  # without a failure the action returned
+            error = InputError(words.removeprefix(_INPUT))
+            error.__cause__ = failure
+            return error
+    if failures and failure is None:
+        return StorageError(failures[0].removeprefix(_FAULT))
+    return failure
 
 
 def _in_words(failure: Exception | None) -> str | None:
@@ -257,16 +205,6 @@ def _in_words(failure: Exception | None) -> str | None:
     if failure is None or isinstance(failure, StorageError):
         return f"{_FAULT}{failure}" if failure is not None else None
     return f"{_FAULT}{type(failure).__name__}: {failure}"
-
-
-def _part_url(url: str, rank: int) -> str:
-    return storage.join(url, _PARTS, f"{rank:05d}.json")
-
-
-def _plain(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """As it will be read again: lists for tuples, and nothing that JSON cannot hold."""
-    plain: dict[str, Any] = json.loads(json.dumps(dict(meta), allow_nan=False))
-    return plain
 
 
 def _version() -> str:

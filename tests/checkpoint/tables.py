@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mtlrec.checkpoint.manifest import Manifest
-from mtlrec.checkpoint.save import merge, write_part
+from mtlrec.checkpoint.parts import merge, write_part
 from mtlrec.data.vocabulary import Vocabulary
 from mtlrec.distributed import World
 

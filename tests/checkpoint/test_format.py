@@ -14,8 +14,8 @@ import safetensors.torch
 import torch
 import xxhash
 
-from mtlrec.checkpoint import save
-from mtlrec.checkpoint.save import BLOCK_BYTES, BLOCK_ROWS
+from mtlrec.checkpoint import parts
+from mtlrec.checkpoint.parts import BLOCK_BYTES, BLOCK_ROWS
 from tests.checkpoint.tables import cut, make_table, random_bits, same_bits, save_ranks
 
 
@@ -109,7 +109,7 @@ def test_the_reader_in_the_documentation_works(tmp_path: Path) -> None:
 
 def test_files_of_a_table_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (BLOCK_ROWS, BLOCK_BYTES) == (65_536, 64 * 2**20)
-    monkeypatch.setattr(save, "BLOCK_BYTES", 2**20)
+    monkeypatch.setattr(parts, "BLOCK_BYTES", 2**20)
     narrow, wide = make_table("narrow", 140_000, 1), make_table("wide", 9_000, 64, "none")
     wider = make_table("wider", 5_000, 80, "element")
     manifest = save_ranks(

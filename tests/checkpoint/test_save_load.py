@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtlrec import storage
-from mtlrec.checkpoint import ranges, save
+from mtlrec.checkpoint import parts, ranges, save
 from mtlrec.checkpoint.folder import checkpoint_url, discard, latest, sweep
 from mtlrec.checkpoint.load import load_dense, load_tables
 from mtlrec.checkpoint.manifest import CHUNK_ROWS, read_manifest
@@ -92,7 +92,7 @@ def test_any_borders(tmp_path_factory: pytest.TempPathFactory, data: st.DataObje
     shapes = [(borders(num_rows, 3), [] if kind == "row" else borders(5, 2)) for _ in range(2)]
     url = str(tmp_path_factory.mktemp("any") / "saved")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(save, "BLOCK_ROWS", 2 * CHUNK_ROWS)
+        patch.setattr(parts, "BLOCK_ROWS", 2 * CHUNK_ROWS)
         patch.setattr(ranges, "PIECE_BYTES", 3 * CHUNK_ROWS * 20)
         save_ranks(url, [[block] for block in cut(table, *shapes[0])], [table])
         assert_same(reload(url, table, *shapes[1]), table)
@@ -164,7 +164,7 @@ def test_a_rank_reads_only_the_chunks_of_its_rows(tmp_path: Path, monkeypatch: p
 
 def test_memory_is_a_block_a_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranges, "THREADS", 1)
-    monkeypatch.setattr(save, "THREADS", 1)
+    monkeypatch.setattr(parts, "THREADS", 1)
     table = make_table("user", 300_000, 32, "none")  # 38 MB in 5 files of 8.4 MB
     url = str(tmp_path / "saved")
     tracemalloc.start()
