@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mtlrec.control import Control
-from mtlrec.data.columns import Columns, Lists, build_columns, column_names, join, offsets_of
+from mtlrec.data.columns import Columns, Lists, column_names, join, offsets_of
+from mtlrec.data.decode import build_columns
 from mtlrec.data.negatives import Index, column_of, item_schema
 from mtlrec.data.shards import Dataset
 from mtlrec.data.source import Source

@@ -12,9 +12,9 @@ ROOT = Path(__file__).parents[1]
 # Lowest first: a module imports only what stands before it. A package is one place and imports freely within.
 # Above the first line no torch, above the second no ray.
 LAYERS = """
-    __init__ job stack schema s3 storage metrics
+    __init__ job stack schema s3 storage watchdog metrics
     data.ids data.vocabulary data.source data.labels data.order data.column_types data.shards data.columns
-    data.negatives data.windows data.statistics data.label_statistics data.overview
+    data.decode data.negatives data.windows data.statistics data.label_statistics data.overview
     data.population data.synthetic data.prepare
     checkpoint.layout checkpoint.folder checkpoint.manifest checkpoint.ranges checkpoint.lease
     checkpoint.starts checkpoint.inspect
@@ -24,9 +24,9 @@ LAYERS = """
     model optimizers plan sharding objective
     checkpoint.tensors checkpoint.vocabularies checkpoint.parts checkpoint.snapshot checkpoint.save
     checkpoint.load
-    assembly feed evaluate predict journal saver train actions
+    safety assembly feed evaluate predict journal saver train actions
     ---
-    launch commands cli
+    ray_worker ray_driver launch commands cli
 """
 CLIENT, TORCH, RAY = (tier.split() for tier in LAYERS.split("---"))
 PLACES = CLIENT + TORCH + RAY

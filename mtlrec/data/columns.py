@@ -1,32 +1,19 @@
-"""Arrow columns of one row group -> numpy arrays that windows and batches are cut from. No torch.
+"""The numpy arrays that windows and batches are cut from. No torch.
 
-R rows, P id features that have one id a row, N dense numbers, T tasks. docs/data.md has the rules for nulls
-and for values that do not fit.
+R rows, P id features that have one id a row, N dense numbers, T tasks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from mtlrec.data.ids import IdError, hash_ids, rows_of
-from mtlrec.data.labels import read_labels, read_weight
-from mtlrec.data.source import Array, Source, is_valid, without_nulls
-from mtlrec.data.vocabulary import Vocabulary
-from mtlrec.schema import DenseFeature, IdFeature, Schema, Table
-
-_Rows = Callable[[pa.Array | Array], npt.NDArray[np.int64]]
-"""Ids without nulls -> rows of their table. Raises IdError."""
-_BLOCK = 16384
-"""Ids turned into rows at a time, so that what lies between stays in the cache."""
-_SHOWN_SCENARIOS = 20
+from mtlrec.data.source import Array
+from mtlrec.schema import IdFeature, Schema
 
 
 @dataclass(frozen=True)
@@ -68,9 +55,17 @@ class Columns:
     """[R], where negatives are drawn: the number that the sampler knows the row's user by, -1 for none."""
     keys: pa.Table | None = None
     """Columns that are passed through as they are, R long."""
+    bad: npt.NDArray[np.bool_] | None = None
+    """[R]: the row does not fit the schema, and what stands here of it means nothing; None: all rows fit."""
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def good(self) -> Columns:
+        """Without the rows that do not fit."""
+        if self.bad is None or not self.bad.any():
+            return self
+        return replace(self.take(np.flatnonzero(~self.bad)), bad=None)
 
     def slice(self, begin: int, end: int) -> Columns:
         """Rows [begin, end), as views."""
@@ -85,6 +80,7 @@ class Columns:
             None if self.weight is None else self.weight[begin:end],
             None if self.user is None else self.user[begin:end],
             None if self.keys is None else self.keys.slice(begin, end - begin),
+            None if self.bad is None else self.bad[begin:end],
         )
 
     def take(self, order: npt.NDArray[np.int64]) -> Columns:
@@ -104,6 +100,7 @@ class Columns:
             None if self.weight is None else self.weight[order],
             None if self.user is None else self.user[order],
             None if self.keys is None else self.keys.take(pa.array(order)),
+            None if self.bad is None else self.bad[order],
         )
 
 
@@ -117,7 +114,7 @@ def list_features(schema: Schema) -> tuple[IdFeature, ...]:
 
 
 def column_names(schema: Schema, labels: bool, keys: Sequence[str]) -> list[str]:
-    """The Parquet columns that `build_columns` wants, each once."""
+    """The Parquet columns that `decode.build_columns` wants, each once."""
     return list(dict.fromkeys([*(column.name for column in schema.columns(labels)), *keys]))
 
 
@@ -140,220 +137,26 @@ def join(parts: Sequence[Columns]) -> Columns:
         np.concatenate([part.scenario for part in parts]),
         _join([part.weight for part in parts]),
         _join([part.user for part in parts]),
-        None if parts[0].keys is None else pa.concat_tables([part.keys for part in parts]),
+        None if parts[0].keys is None else join_keys([part.keys for part in parts]),
+        _join_bad(parts),
     )
 
 
-def build_columns(
-    table: pa.Table,
-    schema: Schema,
-    *,
-    where: str,
-    first_row: int,
-    labels: bool = True,
-    keys: Sequence[str] = (),
-    vocabularies: Mapping[str, Vocabulary] = MappingProxyType({}),
-) -> Columns:
-    """Arrow columns of one row group -> Columns.
-
-    where: file and row group, for messages; first_row: number of its first row in the whole data set. Without
-    `labels` neither they nor sample weights are looked at, and no row has one. vocabularies: by name of the
-    table. Raises InputError that names `where`, the row in the row group, the column, the value and what is
-    allowed.
-    """
-    num_rows = table.num_rows
-    source = Source(table, where)
-    scenario = _scenario(source, schema)
-
-    def rows_in(feature: IdFeature) -> _Rows:
-        return _rows_in(schema.table_of[feature.table], vocabularies)
-
-    singles = single_features(schema)
-    ids = np.empty((len(singles), num_rows), _index_type([schema.table_of[each.table] for each in singles]))
-    for target, feature in zip(ids, singles, strict=True):
-        if feature.source == "scenario":
-            target[:] = scenario
-        elif feature.source == "bucket":
-            _bucket(source, feature, target)
-        else:
-            _id(source, feature, rows_in(feature), target)
-    dense = np.zeros((num_rows, schema.dense_width), np.float32)
-    for number in schema.dense_features:
-        (_number if number.source == "number" else _vector)(source, number, dense)
-    if labels:
-        label, valid = read_labels(source, schema.tasks)
-    else:
-        label = np.zeros((num_rows, len(schema.tasks)), np.float32)
-        valid = np.zeros(label.shape, np.bool_)
-    weighted = schema.weight_column if labels else None
-    return Columns(
-        np.arange(first_row, first_row + num_rows, dtype=np.int64),
-        ids,
-        tuple(
-            _lists(source, each, rows_in(each), _index_type([schema.table_of[each.table]]))
-            for each in list_features(schema)
-        ),
-        dense,
-        label,
-        valid,
-        scenario,
-        weight=None if weighted is None else read_weight(source, weighted),
-        keys=_plain(table.select(list(keys))) if keys else None,
-    )
-
-
-def _scenario(source: Source, schema: Schema) -> npt.NDArray[np.int32]:
-    if schema.scenario_column is None:
-        return np.zeros(len(source), np.int32)
-    array = source[schema.scenario_column]
-    if not pa.types.is_dictionary(array.type):
-        array = array.dictionary_encode()
-    indices = without_nulls(array.indices, -1)
-    names = {name: index for index, name in enumerate(schema.scenarios)}
-    values = array.dictionary.to_pylist()
-    texts = [value.decode(errors="replace") if isinstance(value, bytes) else str(value) for value in values]
-    # The last one is for nulls, whose index -1 finds it.
-    known = np.array([*(names.get(text, -1) for text in texts), -1], np.int32)
-    scenario: npt.NDArray[np.int32] = known[indices]
-    if (wrong := scenario < 0).any():
-        row = int(np.argmax(wrong))
-        value = "null" if indices[row] < 0 else repr(values[indices[row]])
-        allowed = ", ".join(schema.scenarios[:_SHOWN_SCENARIOS])
-        if len(schema.scenarios) > _SHOWN_SCENARIOS:
-            allowed += f", ... ({len(schema.scenarios)} in all)"
-        problem = f"{value} is not a scenario; schema.scenario.values allows {allowed}"
-        raise source.refuse(schema.scenario_column, row, problem)
-    return scenario
-
-
-def _rows_in(table: Table, vocabularies: Mapping[str, Vocabulary]) -> _Rows:
-    if table.ids == "vocabulary":
-        vocabulary = vocabularies[table.name]
-        of_integers = vocabulary.kind in ("int64", "uint64")
-
-        def look_up(ids: pa.Array | Array) -> npt.NDArray[np.int64]:
-            if len(ids) and isinstance(ids, np.ndarray) != of_integers:
-                # Every one would be unknown, in silence.
-                kinds = ("integers", "text") if of_integers else ("text", "integers")
-                raise IdError(f"the vocabulary of table {table.name!r} holds {kinds[0]}, not {kinds[1]}", 0)
-            return vocabulary.look_up(hash_ids(ids))
-
-        return look_up
-    how = table.ids
-    return lambda ids: rows_of(ids, table.rows, how)
-
-
-def _id(source: Source, feature: IdFeature, rows: _Rows, target: Array) -> None:
-    """One id a row -> its row of a table, -1 for null."""
-    array = source[feature.column]
-    try:
-        _look_up(array, rows, target)
-    except IdError as error:
-        raise source.refuse(feature.column, error.position, str(error)) from None
-    if array.null_count:
-        target[~is_valid(array)] = -1
-
-
-def _lists(source: Source, feature: IdFeature, rows: _Rows, index_type: type[np.signedinteger[Any]]) -> Lists:
-    array = source[feature.column]
-    offsets = offsets_of(without_nulls(pc.list_value_length(array), 0))
-    ids = array.flatten()  # leaves out what lies under null lists
-    if ids.null_count:
-        offsets = offsets_of(is_valid(ids))[offsets]
-        ids = ids.drop_null()
-    if feature.max_length is not None:
-        lengths = np.diff(offsets)
-        if len(lengths) and lengths.max() > feature.max_length:
-            kept = np.minimum(lengths, feature.max_length)
-            index = span_index(offsets[1:] - kept, kept)
-            ids, offsets = ids.take(pa.array(index)), offsets_of(kept)
-    values = np.empty(len(ids), index_type)
-    try:
-        _look_up(ids, rows, values)
-    except IdError as error:
-        row = int(np.searchsorted(offsets, error.position, side="right")) - 1
-        raise source.refuse(feature.column, row, str(error)) from None
-    return Lists(offsets, values)
-
-
-def _look_up(array: pa.Array, rows: _Rows, target: Array) -> None:
-    """Ids -> their rows in `target`; anything where there is a null. Raises IdError."""
-    if pa.types.is_dictionary(array.type) and pa.types.is_integer(array.type.value_type):
-        array = array.dictionary_decode()
-    if not pa.types.is_integer(array.type):
-        # Each distinct text is looked up once.
-        if not pa.types.is_dictionary(array.type):
-            array = array.dictionary_encode()
-        if len(array.dictionary):
-            found = rows(array.dictionary).astype(target.dtype)
-            np.take(found, without_nulls(array.indices, 0), out=target, mode="clip")
-        return
-    values = without_nulls(array, 0)
-    for start in range(0, len(values), _BLOCK):
-        try:
-            target[start : start + _BLOCK] = rows(values[start : start + _BLOCK])
-        except IdError as error:
-            raise IdError(str(error), start + error.position) from None
-
-
-def _bucket(source: Source, feature: IdFeature, target: Array) -> None:
-    """Bucket 0 for null and NaN, 1 + the number of boundaries at or below x for a number x."""
-    values = source.floats(feature.column, source[feature.column])
-    target[:] = np.searchsorted(np.asarray(feature.boundaries), values, side="right")
-    target += 1
-    target[np.isnan(values)] = 0
-
-
-def _number(source: Source, feature: DenseFeature, dense: npt.NDArray[np.float32]) -> None:
-    values = source.floats(feature.column, source[feature.column])
-    if feature.transform != "none":
-        values = values.astype(np.float64)
-    if feature.transform == "log1p":
-        values = np.copysign(np.log1p(np.abs(values)), values)
-    elif feature.transform == "standardise":
-        values = (values - feature.mean) / feature.std
-    source.store(feature.column, values, dense[:, feature.start])
-
-
-def _vector(source: Source, feature: DenseFeature, dense: npt.NDArray[np.float32]) -> None:
-    array = source[feature.column]
-    present = np.flatnonzero(is_valid(array))
-    lengths = without_nulls(pc.list_value_length(array), 0)[present]
-    if (wrong := lengths != feature.width).any():
-        at = int(np.argmax(wrong))
-        problem = f"{lengths[at]} numbers; schema.features.{feature.name}.size is {feature.width}"
-        raise source.refuse(feature.column, int(present[at]), problem)
-    row_of = np.repeat(present, feature.width)
-    values = source.floats(feature.column, array.flatten(), row_of).reshape(-1, feature.width)
-    if len(present) < len(array):
-        values, some = np.zeros((len(array), feature.width), values.dtype), values
-        values[present] = some
-    source.store(feature.column, values, dense[:, feature.start : feature.start + feature.width])
-
-
-def _plain(table: pa.Table) -> pa.Table:
-    """The columns as they stand in the file: texts that were read as dictionaries become texts again."""
-
-    def plain(kind: pa.DataType) -> pa.DataType:
-        if pa.types.is_dictionary(kind):
-            return kind.value_type
-        if pa.types.is_list(kind):
-            return pa.list_(kind.value_field.with_type(plain(kind.value_type)))
-        if pa.types.is_large_list(kind):
-            return pa.large_list(kind.value_field.with_type(plain(kind.value_type)))
-        return kind
-
-    return table.cast(pa.schema([field.with_type(plain(field.type)) for field in table.schema]))
-
-
-def _index_type(tables: Sequence[Table]) -> type[np.signedinteger[Any]]:
-    """Half the memory and traffic where the rows of every table fit into 32 bits."""
-    return np.int32 if all(table.rows <= 2**31 for table in tables) else np.int64
+def join_keys(tables: Sequence[pa.Table | None]) -> pa.Table:
+    """Tables of keys, one after the other; at least one, none None."""
+    # Where a row group could not be read, nulls stand in a column that is elsewhere of the file's type.
+    return pa.concat_tables(tables, promote_options="permissive")
 
 
 def _join(parts: Sequence[Array | None]) -> Array | None:
     known = [part for part in parts if part is not None]
     return np.concatenate(known) if known else None
+
+
+def _join_bad(parts: Sequence[Columns]) -> npt.NDArray[np.bool_] | None:
+    if all(part.bad is None for part in parts):
+        return None
+    return np.concatenate([np.zeros(len(part), np.bool_) if part.bad is None else part.bad for part in parts])
 
 
 def offsets_of(lengths: Array) -> npt.NDArray[np.int64]:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mtlrec.data.columns import Columns, build_columns, column_names
+from mtlrec.data.columns import Columns, column_names
+from mtlrec.data.decode import build_columns
 from mtlrec.data.shards import Dataset
 from mtlrec.data.statistics import Progress
 from mtlrec.job.job import Job

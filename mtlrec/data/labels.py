@@ -23,7 +23,7 @@ Floats = npt.NDArray[np.float32]
 def read_labels(source: Source, tasks: Sequence[Task]) -> tuple[Floats, Valid]:
     """float32 [R, T], 0 where there is none, and bool [R, T]: the row has a label that counts.
 
-    Raises InputError for an infinite label, and for one of a binary or pairwise task beside 0 and 1.
+    Refuses an infinite label, and one of a binary or pairwise task beside 0 and 1.
     """
     labels = np.zeros((len(source), len(tasks)), np.float32)
     valid = np.zeros((len(source), len(tasks)), np.bool_)
@@ -55,14 +55,19 @@ def keep_given(tasks: Sequence[Task], labels: npt.NDArray[Any], valid: Valid) ->
 
 
 def read_weight(source: Source, column: str) -> Floats:
-    """Sample weights, float32 [R]. Raises InputError for one that is null, NaN, negative or infinite."""
+    """Sample weights, float32 [R]. Refuses one that is null, NaN, negative or infinite."""
     array = source[column]
     values = without_nulls(pc.cast(array, pa.float64(), safe=False), 0)
     fits = is_valid(array) & (values >= 0) & (values < np.inf)
     if not fits.all():
-        row = int(np.argmin(fits))
-        value = "null" if not array[row].is_valid else values[row]
-        raise source.refuse(column, row, f"{value} is no sample weight; a finite number from 0 on is")
+        rows = np.flatnonzero(~fits)
+
+        def problem(at: int) -> str:
+            value = values[rows[at]] if array[int(rows[at])].is_valid else "null"
+            return f"{value} is no sample weight; a finite number from 0 on is"
+
+        source.refuse(column, rows, problem)
+        values = np.where(fits, values, 0)
     weight = np.empty(len(values), np.float32)
     source.store(column, values, weight)
     return weight
@@ -73,7 +78,8 @@ def _label(source: Source, task: Task, target: Floats, valid: Valid) -> None:
     values = source.floats(column, source[column])
     np.logical_not(np.isnan(values), out=valid)
     if task.kind != "regression" and (wrong := valid & (values != 0) & (values != 1)).any():
-        row = int(np.argmax(wrong))
-        problem = f"{values[row]} is not a label of a {task.kind} task; 0, 1 (or false, true) and null are"
-        raise source.refuse(column, row, problem)
+        rows = np.flatnonzero(wrong)
+        allowed = f"is not a label of a {task.kind} task; 0, 1 (or false, true) and null are"
+        source.refuse(column, rows, lambda at: f"{values[rows[at]]} {allowed}")
+        values = np.where(wrong, np.nan, values)
     source.store(column, values, target)

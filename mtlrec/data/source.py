@@ -5,6 +5,8 @@ R rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,11 +20,40 @@ from mtlrec.job.errors import InputError
 Array = npt.NDArray[Any]
 
 
-class Source:
-    """The columns of one row group, and how to refuse a value of them."""
+@dataclass(frozen=True)
+class Misfit:
+    """Values of one column that do not fit the schema."""
 
-    def __init__(self, table: pa.Table, where: str) -> None:
-        self._table, self._where = table, where
+    column: str
+    rows: npt.NDArray[np.int64]
+    """Numbers of their rows in the row group, each once, rising."""
+    problems: tuple[str, ...]
+    """Of the first `BadRows.EXPLAINED` rows, what is wrong with each, and what is allowed."""
+
+
+class BadRows:
+    """Collects the rows of one row group that do not fit the schema, where they are no error."""
+
+    EXPLAINED = 100
+    """Rows of a column whose values are told; of the others the number is."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.mask = np.zeros(num_rows, np.bool_)
+        """[R]: the row does not fit."""
+        self.misfits: list[Misfit] = []
+
+    def add(self, column: str, rows: npt.NDArray[np.int64], problem: Callable[[int], str]) -> None:
+        """rows: rising, maybe repeated; problem: place in `rows` -> what is wrong there."""
+        rows, first = np.unique(rows, return_index=True)
+        self.mask[rows] = True
+        self.misfits.append(Misfit(column, rows, tuple(problem(int(at)) for at in first[: self.EXPLAINED])))
+
+
+class Source:
+    """The columns of one row group, and how to refuse a value of them: by an error, or into `bad`."""
+
+    def __init__(self, table: pa.Table, where: str, bad: BadRows | None = None) -> None:
+        self._table, self._where, self._bad = table, where, bad
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -33,7 +64,18 @@ class Source:
             return chunks.chunk(0)
         return chunks.unify_dictionaries().combine_chunks()
 
-    def refuse(self, column: str, row: int, problem: str) -> InputError:
+    def refuse(self, column: str, rows: npt.NDArray[np.int64], problem: Callable[[int], str]) -> None:
+        """Some values of a column do not fit. Raises InputError for the first, or puts them all on the list.
+
+        rows: of these values, rising, at least one; problem: place in `rows` -> what is wrong, what is
+        allowed. Where it returns, the caller puts anything harmless in their place.
+        """
+        if self._bad is None:
+            raise self.error(column, int(rows[0]), problem(0))
+        self._bad.add(column, rows, problem)
+
+    def error(self, column: str, row: int, problem: str) -> InputError:
+        """What is wrong with a column's values of whatever row, first seen at `row`: an error in any case."""
         return InputError(f"{self._where}, row {row}, column {column}: {problem}")
 
     def floats(self, column: str, array: pa.Array, row_of: npt.NDArray[np.int64] | None = None) -> Array:
@@ -44,9 +86,13 @@ class Source:
             array = pc.fill_null(array, float("nan"))
         values: Array = array.to_numpy(zero_copy_only=False)
         if not sum_is_finite(values) and (infinite := np.isinf(values)).any():
-            at = int(np.argmax(infinite))
-            row = at if row_of is None else int(row_of[at])
-            raise self.refuse(column, row, f"{values[at]} is not a finite number; null or NaN stand for none")
+            at = np.flatnonzero(infinite)
+            self.refuse(
+                column,
+                at if row_of is None else row_of[at],
+                lambda n: f"{values[at[n]]} is not a finite number; null or NaN stand for none",
+            )
+            return np.where(infinite, np.nan, values)
         return values
 
     def store(self, column: str, values: Array, target: npt.NDArray[np.float32]) -> None:
@@ -57,9 +103,10 @@ class Source:
             return
         np.copyto(target, 0, where=np.isnan(target))
         if (infinite := np.isinf(target)).any():
-            at = np.unravel_index(int(np.argmax(infinite)), target.shape)
-            problem = f"{values[at]} is too large for float32; scale the column"
-            raise self.refuse(column, int(at[0]), problem)
+            large = values[infinite]
+            rows = np.nonzero(infinite)[0]
+            self.refuse(column, rows, lambda n: f"{large[n]} is too large for float32; scale the column")
+            target[infinite] = 0
 
     def hashes(self, column: str) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]]:
         """64-bit hashes of a column's raw ids, [R], void where there is none; and where there is one, [R]."""

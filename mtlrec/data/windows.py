@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from mtlrec.data.columns import Columns, build_columns, column_names, join
+from mtlrec.data.columns import Columns, column_names, join
+from mtlrec.data.decode import build_columns
 from mtlrec.data.negatives import Sampler
 from mtlrec.data.order import (
     Fill,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
-from mtlrec.data.columns import build_columns, column_names
+from mtlrec.data.columns import column_names
+from mtlrec.data.decode import build_columns
 from mtlrec.job.errors import InputError
 from mtlrec.job.model import ModelSection
 from mtlrec.job.schema import SchemaSection

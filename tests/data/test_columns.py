@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mtlrec.data.columns import build_columns, column_names, join, list_features, single_features
+from mtlrec.data.columns import column_names, join, list_features, single_features
+from mtlrec.data.decode import build_columns
 from mtlrec.data.ids import hash_ids, rows_of
 from mtlrec.data.vocabulary import count
 from mtlrec.job.errors import InputError

@@ -7,7 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mtlrec.data.columns import build_columns, column_names
+from mtlrec.data.columns import column_names
+from mtlrec.data.decode import build_columns
 from mtlrec.data.overview import overview
 from mtlrec.data.shards import Dataset
 from tests.data.built import build, refused, schema_of
