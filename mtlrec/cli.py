@@ -75,6 +75,11 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train a job, or go on with it where it stopped")
     train.add_argument("--name", help="short for --set name=...")
+    train.add_argument(
+        "--fork",
+        metavar="NEW_NAME",
+        help="a new run that starts, with this job, from the latest checkpoint of the run that the job names",
+    )
     train.set_defaults(command=_train)
 
     compare = commands.add_parser("compare", help="train variations of a job, and put them into one table")
@@ -102,7 +107,13 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--keys", help="columns to carry along, by comma; default: user, item and scenario")
     predict.set_defaults(command=_predict)
     for parser_ in (train, compare, evaluate, predict):
-        parser_.add_argument("--workers", type=int, help="Ray Train workers; 0: this process alone")
+        parser_.add_argument(
+            "--workers",
+            type=_workers if parser_ in (train, compare) else int,
+            metavar="N",
+            help="Ray Train workers; 0: this process alone"
+            + ("; MIN-MAX: as many as there is room for" if parser_ in (train, compare) else ""),
+        )
         parser_.add_argument(
             "--address", help="a running Ray cluster (host:port); default: a local one of our own"
         )
@@ -154,6 +165,14 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
         "--out", help="folder for compare.json, compare.md and logs (default: run.storage/NAME-compare)"
     )
     parser.set_defaults(command=_compare)
+
+
+def _workers(text: str) -> str:
+    """`run.workers` as YAML, of N or MIN-MAX."""
+    few, dash, many = text.partition("-")
+    if not few.isdecimal() or (dash and not many.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r}: a number, or two as MIN-MAX")
+    return json.dumps({"min": int(few), "max": int(many)} if dash else int(few))
 
 
 def _synth(arguments: argparse.Namespace) -> int:

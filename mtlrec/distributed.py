@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from mtlrec import watchdog
 from mtlrec.quiet import quiet_libraries
 
 
@@ -149,9 +150,11 @@ def _carries_cpu() -> bool:
 
 
 def _sizes(data: bytes, world: World) -> list[int]:
+    # All exchanges of words come by here, and once this is done all ranks have.
     size = _to_wire(torch.tensor([len(data)]), world)
     sizes = [torch.empty_like(size) for _ in range(world.world_size)]
     dist.all_gather(sizes, size)
+    watchdog.alive("an exchange between workers")
     return [int(each) for each in sizes]
 
 

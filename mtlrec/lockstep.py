@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 
+from mtlrec import watchdog
 from mtlrec.batch import Batch
 from mtlrec.data.reader import Reader
 from mtlrec.distributed import World, all_ok, all_reduce_sum
@@ -54,6 +55,7 @@ def in_step(
         head = torch.tensor([failure is not None, batch is not None, rows, *raised], dtype=torch.float64)
         mine = amounts_of(batch) if batch is not None else torch.zeros(size, dtype=torch.float64)
         total = all_reduce_sum(torch.cat([head, mine]), world)
+        watchdog.alive("a step's exchange")
         if total[0] > 0:
             raise InputError(all_ok(failure, world)[0])
         if total[1] == 0:

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from mtlrec import watchdog
 from mtlrec.control import Control
 from mtlrec.data.shards import Dataset
 from mtlrec.distributed import World
@@ -46,6 +47,7 @@ def over_share(
         for begin in range(0, len(groups), 2 * THREADS):
             some = groups[begin : begin + 2 * THREADS]
             for group, result in zip(some, pool.map(read, some), strict=True):
+                watchdog.alive(what)
                 yield result
                 done += int(dataset.group_rows[group])
                 if world.rank == 0 and time.monotonic() - shown >= SHOW_EVERY_S:

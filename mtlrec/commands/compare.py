@@ -45,7 +45,7 @@ def compare(arguments: argparse.Namespace) -> int:
         out=out,
         data=data,
         fingerprint=Dataset.open(data, ()).fingerprint if data is not None else None,
-        workers=arguments.workers,
+        workers=None if arguments.workers is None else grid.cells[0].job.run.fewest_workers,
         address=arguments.address,
         parallel=arguments.parallel,
     )

@@ -205,7 +205,7 @@ class _Runner:
             assert trained.checkpoint is not None and setting.data is not None
             workers = setting.workers
             if workers is None and setting.address is not None:
-                workers = cell.job.run.workers
+                workers = cell.job.run.fewest_workers
             words = [trained.checkpoint, "--data", setting.data, "--device", cell.job.run.device]
             words += ["--workers", str(workers)] if workers is not None else []
             code, said = self._command("evaluate", [*words, *(self._at_address() if workers else [])], log)

@@ -12,3 +12,10 @@ class InputError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+class FinalFailure(RuntimeError):
+    """The run has failed, and would fail the same way if it were tried again (exit code 1).
+
+    Raised on every rank; no restart of the workers is spent on it.
+    """

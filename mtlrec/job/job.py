@@ -173,9 +173,9 @@ class Job(Section):
             )
         if device == "cpu" and self.model.precision != "float32":
             raise ValueError("model.precision: bfloat16 runs on CUDA only; on run.device cpu use float32")
-        if self.run.workers > self.data.lanes:
+        if self.run.most_workers > self.data.lanes:
             raise ValueError(
-                f"run.workers: {self.run.workers} is more than data.lanes ({self.data.lanes}); "
+                f"run.workers: {self.run.most_workers} is more than data.lanes ({self.data.lanes}); "
                 "use fewer workers, or more lanes from the run's start"
             )
         sharding = self.run.sharding

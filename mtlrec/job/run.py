@@ -16,7 +16,12 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 class CheckpointSection(Section):
     every_steps: int | None = Field(default=None, ge=1)
-    """Save every so many steps; null: at the end alone. The end always saves."""
+    """Save every so many steps. The end always saves, and so does a measurement that is the best so far."""
+    every_minutes: float | None = Field(default=None, gt=0)
+    """Save once so many minutes have passed since the last save began. Null for both: at the end alone."""
+    mode: Literal["async", "sync"] = "async"
+    """async: training waits only for a copy of each worker's rows in host memory, and goes on while it is
+    written; needs memory for that copy. sync: training waits until the checkpoint is complete."""
     keep_last: int = Field(default=2, ge=1)
     """Complete checkpoints that are kept, beside the best."""
 
@@ -39,11 +44,25 @@ class EvaluateSection(Section):
         return self
 
 
+class WorkersSection(Section):
+    """As many workers as there is room for, within bounds; training goes on where their number changes."""
+
+    min: int = Field(ge=1, le=MAX_WORKERS)
+    """Fewer do not start: the run waits for them."""
+    max: int = Field(ge=1, le=MAX_WORKERS)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> WorkersSection:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is more than max {self.max}")
+        return self
+
+
 class RunSection(Section):
     storage: str = "runs"
     """Folder of run folders, a path or a URL. The run's own folder in it has the job's name."""
-    workers: int = Field(default=2, ge=0, le=MAX_WORKERS)
-    """Ray Train workers; 0 trains in one plain process, without Ray."""
+    workers: Annotated[int, Field(ge=0, le=MAX_WORKERS)] | WorkersSection = 2
+    """Ray Train workers; 0: one plain process, without Ray; {min, max}: as many as there is room for."""
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = Field(default=1, ge=1)
     """Arithmetic threads of each worker on CPU."""
@@ -57,6 +76,12 @@ class RunSection(Section):
     """Train once with each, as runs NAME-seedS, and report mean and deviation; null: with `seed` alone."""
     max_failures: int = Field(default=3, ge=0)
     """Worker failures that Ray Train repairs by going on from the last checkpoint."""
+    max_preemptions: int | None = Field(default=None, ge=0)
+    """As often workers may be lost with a node that said before that it would go; null: always repaired."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradients are not finite: end the run, or apply nothing of it, count it, go on."""
+    max_skipped: int = Field(default=100, ge=1)
+    """Steps that may be skipped one after another; one more ends the run."""
     sharding: ShardingKind | dict[str, ShardingKind] = "auto"
     """How tables are spread over workers: for all, or by table name; auto: TorchRec's planner decides."""
     report_every_s: float = Field(default=2.0, gt=0)
@@ -64,4 +89,16 @@ class RunSection(Section):
     record_rows: bool = False
     """Write the number of every trained row beside the run, in `rows/`: proof of what was trained."""
     step_timeout_s: float = Field(default=600.0, gt=0, le=86400)
-    """A collective that lasts longer fails the run instead of hanging."""
+    """A worker that makes no progress for so long writes where its threads stand, and ends; so do the others.
+
+    Progress is a step, an exchange between workers, a piece of a save or a load. Ray Train restarts workers
+    that ended so, as after any failure.
+    """
+
+    @property
+    def fewest_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers.min
+
+    @property
+    def most_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers.max

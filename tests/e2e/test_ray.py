@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 import signal
@@ -11,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.distributed.test_training import recorded_rows
+from tests.e2e.driven import Command, checkpoints, final_metrics_agree, trained_rows, wait_until_gone
 from tests.small_data import small_job, write_small_data
 
 STEPS = 400
@@ -40,66 +39,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class Command:
-    """`mtlrec ...` in a process of its own, with a Ray of its own."""
-
-    def __init__(self, home: Path, *arguments: str) -> None:
-        self.err = home / f"{time.monotonic_ns()}.err"
-        with self.err.open("wb") as err:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "mtlrec.cli", *arguments, "--json"],
-                cwd=home,
-                stdout=subprocess.PIPE,
-                stderr=err,
-                text=True,
-                # Ray's sockets have a limit on the length of their path, which pytest's folders exceed.
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
-
-    def result(self, code: int = 0, timeout: float = 240) -> dict[str, Any]:
-        out, _ = self.process.communicate(timeout=timeout)
-        assert self.process.returncode == code, self.err.read_text()[-4000:]
-        assert "Traceback" not in self.err.read_text()
-        return json.loads(out)
-
-    def descendants(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
-
-    def wait_for(self, condition: Callable[[], bool], timeout: float = 180) -> None:
-        deadline = time.monotonic() + timeout
-        while not condition():
-            assert self.process.poll() is None, self.err.read_text()[-4000:]
-            assert time.monotonic() < deadline, self.err.read_text()[-4000:]
-            time.sleep(0.1)
-
-
-def wait_until_gone(processes: list[psutil.Process], timeout: float = 120) -> None:
-    _, alive = psutil.wait_procs(processes, timeout)
-    assert not alive, [process.cmdline() for process in alive]
-
-
-def checkpoints(home: Path, name: str) -> list[str]:
-    return sorted(
-        str(path.parent.name) for path in (home / "runs" / name).glob("checkpoints/*/manifest.json")
-    )
-
-
 @pytest.fixture(scope="module")
 def undisturbed(home: Path) -> dict[str, Any]:
     """The same job in one plain process."""
     return Command(home, "train", "job.yaml", "--name", "plain", "--workers", "0").result()
-
-
-def final_metrics_agree(result: dict[str, Any], undisturbed: dict[str, Any]) -> None:
-    for task, numbers in undisturbed["metrics"]["all"].items():
-        for name, value in numbers.items():
-            if isinstance(value, float):
-                assert result["metrics"]["all"][task][name] == pytest.approx(value, rel=1e-3), name
-
-
-def trained_rows(home: Path, name: str) -> list[list[int]]:
-    """Rows of every step; where a step was trained again after a crash, as the last attempt did it."""
-    return recorded_rows(str(home / "runs" / name))
 
 
 def test_two_workers_end_where_one_process_does_and_leave_nothing(

@@ -1,0 +1,215 @@
+"""The driver's side of Ray Train: its session, its settings, and the wait for the workers' end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
+from typing import Any
+
+from mtlrec import storage
+from mtlrec.job.errors import FinalFailure, InputError
+from mtlrec.job.run import MAX_WORKERS, RunSection
+from mtlrec.ray_worker import DUMP_S, INPUT, POLL_S, Board, Ending, arrow_place, first_line, work
+from mtlrec.stopping import StopRequest
+
+TIMEOUT_FACTOR = 1.5
+"""A collective may last longer than a worker may show no sign of life, by so much."""
+
+
+def launch_on_ray(
+    action: str,
+    payload: dict[str, Any],
+    run: RunSection,
+    name: str,
+    address: str | None,
+    stacks: str | None,
+    show: Callable[[dict[str, Any]], None],
+    stop: StopRequest,
+    alive: Callable[[], None],
+) -> dict[str, Any]:
+    """`launch.launch` on a local Ray of our own, or on the cluster at `address`.
+
+    `stacks`: URL of a folder for the stacks of workers that hang; None: they are part of what is shown.
+    """
+    cuda = run.device == "cuda"
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # A report waits for the controller's next look, by default every 2 s.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    # Ray's own advice on environment variables and deprecations is for its developers.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if cuda:
+        # Ray asks NCCL itself which ranks have stopped in the middle of a collective, before it times out.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_NCCL_HANG_DETECTOR", "1")
+        os.environ.setdefault("RAY_TRAIN_NCCL_RAS_ACTION", "fail")
+        os.environ.setdefault("RAY_TRAIN_NCCL_RAS_CONFIRM_DURATION_S", str(run.step_timeout_s))
+    if address is None:
+        # A local Ray listens on every interface; without a token anyone could join it and run code. Ray reads
+        # these two when it is imported.
+        assert "ray" not in sys.modules
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    import ray
+
+    few, many = run.fewest_workers, run.most_workers
+    count = f"{many}" if few == many else f"{few} to {many}"
+    show({"kind": "log", "text": f"starting {count} Ray Train worker(s)"})
+    with (
+        # What Ray tells the driver of a worker that died it prints, and stdout is for the command's result.
+        redirect_stdout(sys.stderr),
+        _ray_session(ray, run, address),
+        tempfile.TemporaryDirectory(prefix="mtlrec-ray-") as scratch,
+    ):
+        import ray.train
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        for logger in ("ray", "ray.train"):
+            logging.getLogger(logger).setLevel(logging.ERROR)
+        # Each worker waits in one call for news of a hang, while it makes others.
+        calls: dict[str, Any] = {"max_concurrency": 2 * MAX_WORKERS}
+        board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, **calls)(Board).remote()
+        stop.listen_again()
+        config = {
+            "action": action,
+            "payload": payload,
+            "board": board,
+            "device": run.device,
+            "threads": run.threads,
+            "limit_s": run.step_timeout_s,
+            "stacks": stacks,
+        }
+        trainer = TorchTrainer(
+            work,  # type: ignore[arg-type]  # what rank 0 returns is the result's return_value
+            train_loop_config=config,
+            torch_config=TorchConfig(
+                backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
+                # The watchdogs come first: a worker whose collective times out takes the others with it, and
+                # the one that it waits for must have written its stacks by then.
+                timeout_s=int(TIMEOUT_FACTOR * run.step_timeout_s + 2 * DUMP_S),
+            ),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=few if few == many else (few, many),  # type: ignore[arg-type]
+                use_gpu=cuda,
+                resources_per_worker={"CPU": run.threads, "GPU": 1} if cuda else {"CPU": run.threads},
+            ),
+            run_config=_run_config(action, run, name, scratch),
+        )
+        return _follow(ray, trainer, board, show, stop, alive)
+
+
+def _run_config(action: str, run: RunSection, name: str, scratch: str) -> Any:
+    import ray.train
+
+    threads = str(run.threads)
+    common: dict[str, Any] = {
+        "worker_runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}},
+        "logging_config": ray.train.LoggingConfig(log_level="ERROR"),
+    }
+    if action != "train":
+        return ray.train.RunConfig(name=name, storage_path=scratch, **common)
+    # Ray's memory of an earlier attempt names checkpoints that retention has removed since, and would refuse
+    # to start; what is resumed is decided from the run's own folder.
+    with suppress(FileNotFoundError):
+        storage.remove(storage.join(run.storage, name, "checkpoint_manager_snapshot.json"))
+    path, filesystem = arrow_place(run.storage)
+    return ray.train.RunConfig(
+        name=name,
+        storage_path=path,
+        storage_filesystem=filesystem,
+        failure_config=ray.train.FailureConfig(
+            max_failures=run.max_failures,
+            # Ray's types show the class that this one takes the place of.
+            max_preemption_failures=-1 if run.max_preemptions is None else run.max_preemptions,  # type: ignore[call-arg]
+        ),
+        **common,
+    )
+
+
+@contextmanager
+def _ray_session(ray: Any, run: RunSection, address: str | None) -> Iterator[None]:
+    """A Ray of our own that ends with us, closed to strangers; or the user's cluster at `address`."""
+    few, cuda = run.fewest_workers, run.device == "cuda"
+    if address is None:
+        # More workers than cores are slow, not wrong, on one's own machine.
+        options: dict[str, Any] = {
+            "address": "local",
+            "include_dashboard": False,
+            "num_cpus": max(os.cpu_count() or 1, run.most_workers * run.threads),
+            "object_store_memory": 256 * 2**20,
+        }
+    else:
+        options = {"address": address}
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
+    except (ConnectionError, TimeoutError, ValueError, RuntimeError) as error:
+        if address is None:
+            raise
+        raise InputError(f"--address {address}: no Ray cluster answers there ({first_line(error)})") from None
+    try:
+        found = ray.cluster_resources()
+        for resource, wanted in (("CPU", few * run.threads), ("GPU", few if cuda else 0)):
+            if found.get(resource, 0) < wanted:
+                raise InputError(
+                    f"run.workers: {few} worker(s) need {wanted} {resource}s, and the cluster has "
+                    f"{found.get(resource, 0):g}; use fewer workers or a larger cluster"
+                )
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _follow(
+    ray: Any,
+    trainer: Any,
+    board: Any,
+    show: Callable[[dict[str, Any]], None],
+    stop: StopRequest,
+    alive: Callable[[], None],
+) -> dict[str, Any]:
+    """Wait for the workers' end, passing on what they show and what the user asks."""
+    outcome: dict[str, Any] = {}
+
+    def fit() -> None:
+        try:
+            outcome["result"] = trainer.fit()
+        except BaseException as error:  # handed to the main thread, whatever it is
+            outcome["error"] = error
+
+    # fit() in the main thread would take SIGINT for itself and abort without a checkpoint.
+    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        alive()
+        _pass_on(ray.get(board.drain.remote(stop.asked)), show)
+        thread.join(POLL_S)
+    _pass_on(ray.get(board.drain.remote(stop.asked)), show)
+    if "error" in outcome:
+        raise RuntimeError(_cause(outcome["error"])) from outcome["error"]
+    result: dict[str, Any] = outcome["result"].return_value
+    return result
+
+
+def _pass_on(
+    drained: tuple[list[dict[str, Any]], Ending | None], show: Callable[[dict[str, Any]], None]
+) -> None:
+    events, ending = drained
+    for event in events:
+        show(event)
+    if ending is not None:
+        kind, message = ending
+        raise InputError(message) if kind == INPUT else FinalFailure(message)
+
+
+def _cause(error: BaseException) -> str:
+    """The worker's own last words, out of Ray's wrapping."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for rank, failure in sorted(failures.items()):
+        lines = [line for line in str(failure).splitlines() if line.strip()]
+        return f"worker {rank} failed: {lines[-1].strip() if lines else repr(failure)}"
+    return first_line(error)
