@@ -55,6 +55,7 @@ class Saver:
             "attempt": self._start,
             "metrics": measured[0] if measured else None,
             "judge": self._judge.to_json(),
+            "forked_from": self._run.forked_from,
         }
         blocks, dense = local_blocks(trainer.model), trainer.dense_tensors()
         save(url, blocks, dense, meta, self._world, vocabularies=feed.vocabularies)

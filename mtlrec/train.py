@@ -32,7 +32,7 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
     every rank alike, for what the user can correct.
     """
     began = time.monotonic()
-    checkpoint, number = _agree_on_start(run, world)
+    checkpoint, number, forks = _agree_on_start(run, world)
     if number > 1 and world.rank == 0:
         control.show(
             {"kind": "log", "text": f"start {number} of this run, from {checkpoint or 'its beginning'}"}
@@ -43,16 +43,18 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
     judge = Judge(job.run.evaluate)
     position, step = Position.start(job.data.lanes), 0
     if start is not None:
-        position = Position.from_json(start.meta["position"], f"{checkpoint}: position")
+        if run.forked_from is None or not forks or run.forked_from["order"] == "kept":
+            position = Position.from_json(start.meta["position"], f"{checkpoint}: position")
         step = start.meta["step"]
-        if not judge.load(start.meta.get("judge")) and job.run.evaluate is not None:
+        # A fork is judged by what it reaches itself: its best is to be one of its own checkpoints.
+        if not forks and not judge.load(start.meta.get("judge")) and job.run.evaluate is not None:
             # Told to judge by something else now: by that, the best of what is still there.
             kept = together(world, lambda: _best(run.url, judge))
             if kept is not None:
                 judge.best, judge.best_step = kept["score"], kept["step"]
     with feed.reader(position, step, world) as reader:
         # The reader fills its first windows while the model is built.
-        trainer = assemble(job, feed.schema, world, run.url, checkpoint, start)
+        trainer = assemble(job, feed.schema, world, run.url, checkpoint, start, forks)
         total = trainer.step + reader.steps_left(position)
         total = min(total, job.run.max_steps) if job.run.max_steps else total
         parameters = _parameters(trainer)
@@ -176,17 +178,22 @@ def _parameters(trainer: Trainer) -> dict[str, int]:
     }
 
 
-def _agree_on_start(run: Run, world: World) -> tuple[str | None, int]:
-    """The checkpoint to go on from and the number of this start, chosen by rank 0 for all."""
+def _agree_on_start(run: Run, world: World) -> tuple[str | None, int, bool]:
+    """The checkpoint to go on from, the number of this start, and whether that checkpoint is another run's.
+
+    Chosen by rank 0 for all. A fork reads its source's until it has one of its own.
+    """
 
     def choose() -> bytes:
         if world.rank > 0:
             return b""
         newest = folder.latest(run.url)
-        return json.dumps([newest.url if newest else None, claim_start(run.url, run.attempt)]).encode()
+        forks = newest is None and run.forked_from is not None
+        url = newest.url if newest else (run.forked_from or {}).get("checkpoint")
+        return json.dumps([url, claim_start(run.url, run.attempt), forks]).encode()
 
-    url, number = json.loads(broadcast_bytes(together(world, choose), world))
-    return url, number
+    url, number, forks = json.loads(broadcast_bytes(together(world, choose), world))
+    return url, number, forks
 
 
 def _scalars(metrics: dict[str, Any]) -> dict[str, float]:
