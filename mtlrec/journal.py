@@ -6,6 +6,7 @@ import io
 import math
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -125,19 +126,29 @@ class Journal:
             for name, value in values.items():
                 self._events.scalar(name, value, self._step)
 
-    def flush(self) -> None:
-        """Write what is held back, so that it is there beside a checkpoint of this step."""
-        if self._recorded:
-            file = io.BytesIO()
-            np.save(file, np.stack(self._recorded), allow_pickle=False)
-            name = f"a{self._start:04d}-{self._step - len(self._recorded):012d}-r{self._world.rank:05d}.npy"
-            storage.write(storage.join(self._run_url, "rows", name), file.getvalue())
-            self._recorded.clear()
-        if self._events is not None:
-            self._events.flush()
+    def take(self) -> Callable[[], None]:
+        """What is held back, to be written by calling the result, in any thread, once.
+
+        So that it is there beside a checkpoint of this step.
+        """
+        recorded, end = self._recorded, self._step
+        if recorded is not None:
+            self._recorded = []
+
+        def write() -> None:
+            if recorded:
+                file = io.BytesIO()
+                np.save(file, np.stack(recorded), allow_pickle=False)
+                name = f"a{self._start:04d}-{end - len(recorded):012d}-r{self._world.rank:05d}.npy"
+                storage.write(storage.join(self._run_url, "rows", name), file.getvalue())
+            if self._events is not None:
+                self._events.flush()
+
+        return write
 
     def close(self) -> None:
-        self.flush()
+        """Write what is held back, and end."""
+        self.take()()
         if self._events is not None:
             self._events.close()
 

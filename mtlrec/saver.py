@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from types import TracebackType
+
 from mtlrec.assembly import Trainer
-from mtlrec.checkpoint import folder
-from mtlrec.checkpoint.save import save
+from mtlrec.checkpoint import folder, parts
+from mtlrec.checkpoint.save import Saving
+from mtlrec.checkpoint.snapshot import Snapshot
 from mtlrec.control import Control
 from mtlrec.data.order import Position
 from mtlrec.distributed import World
 from mtlrec.evaluate import Measured
 from mtlrec.feed import Feed
+from mtlrec.job.errors import FinalFailure, InputError
 from mtlrec.journal import Journal
 from mtlrec.judge import Judge
 from mtlrec.preflight import Run
 from mtlrec.sharding import local_blocks
+from mtlrec.storage import StorageError
+
+THREADS = 2
+"""Files that a worker writes side by side while it trains: more would take the cores from training."""
 
 
 class Saver:
-    """Writes checkpoints of one attempt, and keeps as many as the job says."""
+    """Writes checkpoints of one attempt, one at a time, and keeps as many as the job says.
+
+    Every rank has one and calls it at the same steps. While it is entered (`with`), a failure that all ranks
+    have together still lets the checkpoint in the making be completed.
+    """
 
     def __init__(
         self,
@@ -31,18 +46,73 @@ class Saver:
     ) -> None:
         self._run, self._feed, self._judge = run, feed, judge
         self._start, self._world, self._control, self._journal = start, world, control, journal
+        self._snapshot = Snapshot(world.rank)
+        self._saving: Saving | None = None
+        self._step = 0
+        """Of the checkpoint in the making."""
+        self._began = time.monotonic()
+        self._is_wanted = False
+        self._left_behind: list[str] = []
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, InputError | FinalFailure):
+            # Every rank raises these at the same step; of other failures the others may not know.
+            with suppress(Exception):
+                self.drain()
+
+    def prepare(self, trainer: Trainer) -> None:
+        """Take the memory that saving while training needs, where the job asks for that."""
+        run = self._feed.job.run
+        asked = run.checkpoint.every_steps or run.checkpoint.every_minutes or run.evaluate
+        if run.checkpoint.mode == "async" and asked:
+            self._snapshot.prepare(local_blocks(trainer.model), trainer.dense_tensors())
+
+    def signals(self) -> tuple[bool, bool, bool]:
+        """What this rank tells the others at every step: a save is wanted, one is being written, failed."""
+        wanted, saving = self._control.should_save(), self._saving
+        minutes = self._feed.job.run.checkpoint.every_minutes
+        if minutes is not None and self._world.rank == 0 and saving is None:
+            wanted = wanted or time.monotonic() - self._began >= 60 * minutes
+        if saving is None:
+            return wanted, False, False
+        # In this order: a thread that ends between the two questions is still taken for busy.
+        busy = saving.is_busy
+        return wanted, busy, not busy and saving.has_failed
+
+    def advance(self, wanted: bool, busy: bool, failed: bool) -> None:
+        """Go on with what is being written. `signals`, each raised by any rank at this step.
+
+        Raises, on every rank, where one could not write.
+        """
+        self._is_wanted = self._is_wanted or wanted
+        if self._saving is not None:
+            self._go_on(lambda saving: saving.advance(busy, failed))
 
     def is_due(self, step: int) -> bool:
-        """After so many steps, or where this step is the best so far."""
+        """After so many steps or minutes, at another's wish, or where this step is the best so far."""
         every = self._feed.job.run.checkpoint.every_steps
-        return (every is not None and step % every == 0) or self._judge.best_step == step
+        due = every is not None and step % every == 0
+        return due or self._is_wanted or self._judge.best_step == step
 
-    def save(self, trainer: Trainer, position: Position, measured: Measured | None) -> str:
-        """Write one checkpoint, all ranks together, and return its URL. measured: of this very step."""
-        # What has diverged must not take the place of a good checkpoint.
+    def save(
+        self, trainer: Trainer, position: Position, measured: Measured | None, *, last: bool = False
+    ) -> str:
+        """Begin a checkpoint and return its URL. A collective; waits for the one in the making, if any.
+
+        measured: of this very step. last: nothing is trained before `drain`, so that no copy is needed. The
+        same holds for mode sync, where the checkpoint is complete on return.
+        """
+        self.drain()
+        self._is_wanted = False
+        # The losses up to this step are told before a save that may take long.
         self._journal.report()
         self._journal.pause()
-        self._journal.flush()
+        self._began, self._step = time.monotonic(), trainer.step
         feed = self._feed
         url = folder.checkpoint_url(self._run.url, trainer.step, self._start)
         meta = {
@@ -55,14 +125,54 @@ class Saver:
             "attempt": self._start,
             "metrics": measured[0] if measured else None,
             "judge": self._judge.to_json(),
-            "forked_from": self._run.forked_from,
         }
-        blocks, dense = local_blocks(trainer.model), trainer.dense_tensors()
-        save(url, blocks, dense, meta, self._world, vocabularies=feed.vocabularies)
-        self._control.report({"step": float(trainer.step)}, url)
-        if self._world.rank == 0:
-            self._control.show({"kind": "saved", "step": trainer.step, "url": url})
-            folder.sweep(self._run.url, self._start)
-            names = self._judge.section.metric if self._judge.section is not None else ()
-            folder.retain(self._run.url, feed.job.run.checkpoint.keep_last, names=names)
+        blocks, dense = list(local_blocks(trainer.model)), trainer.dense_tensors()
+        is_async = feed.job.run.checkpoint.mode == "async"
+        copied = self._snapshot.take(blocks, dense) if is_async and not last else (blocks, dense)
+        self._saving = Saving(
+            url,
+            *copied,
+            meta,
+            self._world,
+            feed.vocabularies,
+            beside=self._journal.take(),
+            after=self._tidy,
+            threads=THREADS if is_async and not last else parts.THREADS,
+        )
+        if not is_async:
+            self.drain()
         return url
+
+    def drain(self) -> None:
+        """Wait until what was begun is complete. A collective; raises, on every rank, where it failed."""
+        if self._saving is not None:
+            self._go_on(Saving.wait)
+
+    def _go_on(self, action: Callable[[Saving], None]) -> None:
+        saving = self._saving
+        assert saving is not None
+        try:
+            action(saving)
+        except Exception:
+            self._saving = None
+            raise
+        if not saving.is_complete:
+            return
+        self._saving = None
+        self._control.report({"step": float(self._step)}, saving.url)
+        if self._world.rank == 0:
+            self._control.show({"kind": "saved", "step": self._step, "url": saving.url})
+            for words in self._left_behind:
+                self._control.show({"kind": "log", "text": words})
+            self._left_behind = []
+
+    def _tidy(self) -> None:
+        """In rank 0's thread, once the manifest is there: retention, and the sweep."""
+        section = self._judge.section
+        names = section.metric if section is not None else ()
+        try:
+            folder.sweep(self._run.url, self._start)
+            folder.retain(self._run.url, self._feed.job.run.checkpoint.keep_last, names=names)
+        except (InputError, StorageError) as error:
+            # The new checkpoint is complete, and the next save tries again.
+            self._left_behind.append(f"old checkpoints could not be removed: {error}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import ExitStack
 from typing import Any
 
 from mtlrec import storage
@@ -52,7 +53,7 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
             kept = together(world, lambda: _best(run.url, judge))
             if kept is not None:
                 judge.best, judge.best_step = kept["score"], kept["step"]
-    with feed.reader(position, step, world) as reader:
+    with feed.reader(position, step, world) as reader, ExitStack() as stack:
         # The reader fills its first windows while the model is built.
         trainer = assemble(job, feed.schema, world, run.url, checkpoint, start, forks)
         total = trainer.step + reader.steps_left(position)
@@ -75,19 +76,21 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
             every_s=job.run.report_every_s,
             record_rows=job.run.record_rows,
         )
-        saver = Saver(run, feed, judge, number, world, control, journal)
+        saver = stack.enter_context(Saver(run, feed, judge, number, world, control, journal))
         saved, measured, stopped = checkpoint, None, False
         if judge.is_over and world.rank == 0:
             text = f"nothing has become better for {judge.since} measurements by step {trainer.step:,}"
             control.show({"kind": "log", "text": f"{text}: a larger run.evaluate.patience goes on"})
         if trainer.step < total and not judge.is_over:
-            signals = lambda: (control.should_stop(), journal.due())  # noqa: E731
+            saver.prepare(trainer)
+            signals = lambda: (control.should_stop(), journal.due(), *saver.signals())  # noqa: E731
             amounts = (len(tasks) + 2, trainer.objective.amounts)
             for batch, totals in in_step(reader, world, signals, amounts):
-                stop, report = totals.signals
+                stop, report, *saving = totals.signals
                 journal.start_step()
                 losses = trainer.train_step(batch, totals)
                 journal.end_step(batch, totals, losses)
+                saver.advance(*saving)
                 before, position = position, batch.position
                 saved, measured, ended = None, None, trainer.step == total
                 if judge.is_due(trainer.step, before, position, ended):
@@ -97,7 +100,7 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
                         measured = _measure(trainer, feed, judge, world, control)
                     except InputError:
                         # The data to measure on are wrong, not what was learnt since the last checkpoint.
-                        saver.save(trainer, position, None)
+                        saver.save(trainer, position, None, last=True)
                         raise
                     journal.scalars(_scalars(measured[0]))
                     ended = ended or judge.is_over
@@ -105,11 +108,12 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
                 if report or stopped or ended:
                     journal.report()
                 if saver.is_due(trainer.step):
-                    saved = saver.save(trainer, position, measured)
+                    saved = saver.save(trainer, position, measured, last=stopped or ended)
                 if stopped or ended:
                     break
     journal.pause()
-    saved = saved or saver.save(trainer, position, measured)
+    saved = saved or saver.save(trainer, position, measured, last=True)
+    saver.drain()
     if not stopped and measured is None and job.data.eval:
         measured = _evaluate(trainer, feed, world, control)
         if world.rank == 0:
