@@ -79,10 +79,17 @@ class _Learnt:
 
 
 def assemble(
-    job: Job, schema: Schema, world: World, run_url: str, checkpoint: str | None, start: Manifest | None
+    job: Job,
+    schema: Schema,
+    world: World,
+    run_url: str,
+    checkpoint: str | None,
+    start: Manifest | None,
+    forks: bool = False,
 ) -> Trainer:
     """Everything that training needs, from `checkpoint` (which says `start` of itself) or from the seed.
 
+    forks: the checkpoint is another run's, whose job may have balanced its losses otherwise.
     The plan that a run was begun with is kept in its folder and used again by as many workers.
     """
     plan_url = storage.join(run_url, "plan.json")
@@ -93,7 +100,7 @@ def assemble(
     if start is None or checkpoint is None:
         initialise_tables(model, job.seed, job.model.table_init)
     else:
-        together(world, lambda: _resume(trainer, schema, checkpoint, start))
+        together(world, lambda: _resume(trainer, schema, checkpoint, start, forks))
     if world.rank == 0:
         storage.write(plan_url, json.dumps(model.plan.to_dict(), indent=1).encode())
     return trainer
@@ -106,21 +113,33 @@ def restore(job: Job, schema: Schema, world: World, checkpoint: str, manifest: M
     return model
 
 
-def _resume(trainer: Trainer, schema: Schema, checkpoint: str, start: Manifest) -> None:
+def _resume(trainer: Trainer, schema: Schema, checkpoint: str, start: Manifest, forks: bool) -> None:
     learnt = _Learnt(trainer.model, trainer.objective)
-    rest = _load(learnt, schema, checkpoint, start, with_state=True)
+    own = trainer.dense_tensors() if forks else None
+    rest = _load(learnt, schema, checkpoint, start, with_state=True, own=own)
     trainer.optimizer.load(rest)
     trainer.step = start.meta["step"]
     set_step(trainer.model, trainer.step)
 
 
 def _load(
-    learnt: _Learnt, schema: Schema, checkpoint: str, manifest: Manifest, with_state: bool
+    learnt: _Learnt,
+    schema: Schema,
+    checkpoint: str,
+    manifest: Manifest,
+    with_state: bool,
+    own: dict[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Fill tables and dense weights in place; returns the other dense tensors of the checkpoint."""
+    """Fill tables and dense weights in place; returns the other dense tensors of the checkpoint.
+
+    own: of a fork, the dense tensors at their start; what the objective learns stays there where the
+    checkpoint's objective learns something else.
+    """
     check_tables(checkpoint, manifest, schema.tables)
     load_tables(checkpoint, manifest, local_blocks(learnt.model), strict=with_state)
     saved = load_dense(checkpoint, manifest)
+    if own is not None:
+        saved = _with_own_objective(saved, own)
     parameters = learnt.dense_parameters()
     weights = {
         name.removeprefix(WEIGHTS): saved.pop(name) for name in list(saved) if name.startswith(WEIGHTS)
@@ -135,6 +154,18 @@ def _load(
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
     return saved
+
+
+def _with_own_objective(
+    saved: dict[str, torch.Tensor], own: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The checkpoint's dense tensors, those of the objective replaced by `own` unless both have the same."""
+    marks = (WEIGHTS + OBJECTIVE, f"optimizer.{OBJECTIVE}")
+    ours = {name: tensor for name, tensor in own.items() if name.startswith(marks)}
+    theirs = {name for name in saved if name.startswith(marks)}
+    if theirs == set(ours):
+        return saved
+    return {name: tensor for name, tensor in saved.items() if name not in theirs} | ours
 
 
 def _read_plan(url: str, world: World) -> dict[str, object] | None:

@@ -10,13 +10,14 @@ from typing import Any
 
 import yaml
 
-from mtlrec import storage
+from mtlrec import fork, storage
 from mtlrec.checkpoint.folder import Checkpoint, find, latest
 from mtlrec.checkpoint.lease import Lease
 from mtlrec.checkpoint.manifest import Manifest, read_manifest
 from mtlrec.data import label_statistics, statistics
 from mtlrec.data.overview import overview
 from mtlrec.data.shards import Dataset
+from mtlrec.job.changes import changes
 from mtlrec.job.errors import InputError
 from mtlrec.job.job import CPU_TABLE_OPTIMIZERS, Job, job_from_dict, parse_job
 from mtlrec.schema import Schema, build_schema, key_columns
@@ -36,6 +37,9 @@ class Run:
     attempt: int
     fingerprint: str
     """Of the training data that the driver saw."""
+    forked_from: dict[str, Any] | None = None
+    """Of a fork: `run` and `checkpoint` that it started from, `step`, and `order`: "kept", or "anew" where
+    data or seed are others, so that it began at the first row of epoch 0."""
 
 
 def read_job(url: str, overrides: list[str]) -> Job:
@@ -58,20 +62,36 @@ def read_job(url: str, overrides: list[str]) -> Job:
     return job_from_dict(raw, url)
 
 
-def open_run(job: Job, holder: dict[str, Any], show: Show) -> tuple[Run, Lease] | dict[str, Any]:
+def open_run(
+    job: Job, holder: dict[str, Any], show: Show, fork_name: str | None = None
+) -> tuple[Run, Lease] | dict[str, Any]:
     """Take the run's lease, settle what is resumed, and open the data.
 
+    fork_name: of the run that is to go on, with this job, from the latest checkpoint of the run that the job
+    names; where it has checkpoints of its own it goes on from those.
     Returns the run and its lease; or, where the run has finished before, its result.
     Raises InputError where the run is held by another driver, the job or the data differ from the run's, or
     the data does not fit the schema.
     """
+    source = storage.join(job.run.storage, job.name) if fork_name is not None else None
+    if fork_name is not None:
+        job = fork.renamed(job, fork_name)
     url = storage.join(job.run.storage, job.name)
     newest = latest(url)
     before = read_manifest(newest.url) if newest else None
     refuse_nested(url, job, "run.storage: the run's folder")
-    job = _measured(job, before, show)
+    origin_url, origin, forked_from = None, None, None
+    if before is not None:
+        if source is not None:
+            fork.refuse_other(url, source, before)
+        forked_from = before.meta.get("forked_from")
+    elif (source := source or fork.source_of(url)) is not None:
+        origin_url, origin = fork.origin_of(source)
+    job = _measured(job, before or origin, show)
     if before is not None:
         _refuse_changed_job(url, job, before)
+    if origin is not None:
+        fork.refuse_unfit(url, job, origin)
     schema = build_schema(job.schema_, job.model)
     _refuse_unknown_tables(job, schema)
     train = Dataset.open(job.data.train, schema.columns())
@@ -79,6 +99,13 @@ def open_run(job: Job, holder: dict[str, Any], show: Show) -> tuple[Run, Lease] 
     held_out = Dataset.open(job.data.eval, measured) if job.data.eval else None
     if before is not None:
         _refuse_changed_data(job, train, before)
+    anew: list[str] = []
+    if origin is not None:
+        anew = fork.order_changes(job, train, origin)
+        if not anew:
+            fork.refuse_finished(url, job, origin)
+        order = "anew" if anew else "kept"
+        forked_from = {"run": source, "checkpoint": origin_url, "step": origin.meta["step"], "order": order}
     # Nothing has been written so far: a job that is refused leaves no trace.
     storage.check_writable(job.run.storage)
     lease = Lease.acquire(url, holder, lambda text: show({"kind": "log", "text": text}))
@@ -95,6 +122,13 @@ def open_run(job: Job, holder: dict[str, Any], show: Show) -> tuple[Run, Lease] 
             show({"kind": "log", "text": f"eval: {held_out.rows:,} rows in {len(held_out.shards):,} shards"})
         if newest is not None:
             show({"kind": "log", "text": f"resuming {job.name} at step {newest.step:,} from {newest.url}"})
+        elif forked_from is not None:
+            order = (
+                f"its order of rows starts anew: {'; '.join(anew)}" if anew else "its order of rows goes on"
+            )
+            text = f"forking {job.name} from {origin_url}, step {forked_from['step']:,}; {order}"
+            show({"kind": "log", "text": text})
+            storage.write(storage.join(url, fork.FORK), json.dumps(forked_from, indent=1).encode())
         # From here on the run is not finished, whatever an earlier end has said.
         storage.remove(storage.join(url, RESULT))
         text = yaml.safe_dump(job.to_dict(), sort_keys=False)
@@ -102,7 +136,7 @@ def open_run(job: Job, holder: dict[str, Any], show: Show) -> tuple[Run, Lease] 
     except BaseException:
         lease.release()
         raise
-    return Run(job.to_dict(), url, lease.attempt, train.fingerprint), lease
+    return Run(job.to_dict(), url, lease.attempt, train.fingerprint, forked_from), lease
 
 
 def open_checkpoint(
@@ -231,11 +265,12 @@ def _refuse_changed_job(url: str, job: Job, before: Manifest) -> None:
     old, new = (
         {key: value for key, value in body.to_dict().items() if key != "run"} for body in (started, job)
     )
-    differences = _differences(old, new, "")
+    differences = changes(old, new)
     if differences:
         raise InputError(
             f"{url}: this run was started with another job: {'; '.join(differences)}. "
-            "Only the section run may change; give the job another name, or the old values"
+            "Only the section run may change; `--fork NEW_NAME` goes on from its latest checkpoint as a run "
+            "with this job, and another name starts from nothing"
         )
 
 
@@ -244,13 +279,6 @@ def _refuse_changed_data(job: Job, train: Dataset, before: Manifest) -> None:
         change = train.describe_change(before.meta["data"]["index"])
         raise InputError(
             f"{job.data.train}: the shards are not those that run {job.name} was trained on: {change}. "
-            "Restore them, or train under another name"
+            "Restore them, or go on with these from its latest checkpoint by `--fork NEW_NAME`, or train "
+            "under another name"
         )
-
-
-def _differences(old: Any, new: Any, path: str) -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(key for key in new if key not in old)]
-        below = ((key, old.get(key), new.get(key)) for key in keys)
-        return [line for key, a, b in below for line in _differences(a, b, f"{path}.{key}" if path else key)]
-    return [] if old == new else [f"{path} was {old!r}, is {new!r}"]

@@ -18,7 +18,7 @@ LAYERS = """
     data.population data.synthetic data.prepare
     checkpoint.layout checkpoint.folder checkpoint.manifest checkpoint.ranges checkpoint.lease
     checkpoint.starts checkpoint.inspect
-    preflight judge doctor control display compare stopping
+    fork preflight judge doctor control display compare stopping
     ---
     quiet distributed batch data.reader lockstep share vocabularies interactions
     model optimizers plan sharding objective

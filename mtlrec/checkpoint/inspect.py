@@ -46,6 +46,7 @@ def inspect_checkpoint(url: str, verify: bool = False, show: Show | None = None)
         "step": meta["step"],
         "attempt": meta["attempt"],
         "position": meta["position"],
+        "forked_from": meta.get("forked_from"),
         "saved_at": meta["saved_at"],
         "mtlrec_version": meta["mtlrec_version"],
         "format_version": VERSION,
@@ -75,6 +76,7 @@ def render(found: dict[str, Any]) -> str:
                     "saved",
                     f"{found['saved_at']}  by mtlrec {found['mtlrec_version']}, attempt {found['attempt']}",
                 ],
+                *_fork_line(found["forked_from"]),
                 ["on disk", f"{_size(found['bytes'])} in {found['files']:,} files, {checked}"],
             ],
             "ll",
@@ -217,8 +219,17 @@ def _position(position: dict[str, Any] | None) -> str:
         return "no position"
     epoch, done = position.get("epoch"), position.get("done")
     if type(epoch) is int and isinstance(done, list) and all(type(rows) is int for rows in done):
-        return f"epoch {epoch:,}, {sum(done):,} rows into it"
+        generation = position.get("generation")
+        of = f"generation {generation:,}, " if type(generation) is int and generation else ""
+        return f"{of}epoch {epoch:,}, {sum(done):,} rows into it"
     return str(position)
+
+
+def _fork_line(origin: Any) -> list[list[str]]:
+    """Where the run, a fork, came from; nothing for other runs."""
+    if not isinstance(origin, dict):
+        return []
+    return [["forked from", f"{origin.get('checkpoint')}  (order of rows {origin.get('order')})"]]
 
 
 def _number(value: float | None) -> str:

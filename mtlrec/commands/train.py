@@ -10,6 +10,7 @@ from typing import Any
 
 from mtlrec.commands.console import DONE, STOPPED, print_json
 from mtlrec.display import Display
+from mtlrec.job.errors import InputError
 from mtlrec.job.job import Job
 from mtlrec.launch import check_address, launch
 from mtlrec.preflight import open_run, read_job
@@ -28,6 +29,8 @@ def train(arguments: argparse.Namespace) -> int:
     require_stack(job.run.device)
     check_address(arguments.address)
     if job.run.seeds is not None:
+        if arguments.fork is not None:
+            raise InputError(f"--fork {arguments.fork}: one run is forked, and run.seeds asks for several")
         from mtlrec.commands.compare import train_seeds
 
         return train_seeds(arguments, overrides)
@@ -37,9 +40,10 @@ def train(arguments: argparse.Namespace) -> int:
 def _train_one(arguments: argparse.Namespace, job: Job) -> int:
     display, stop = Display(arguments.quiet), StopRequest()
     try:
-        opened = open_run(job, {"command": " ".join(sys.argv)}, display.handle)
+        opened = open_run(job, {"command": " ".join(sys.argv)}, display.handle, arguments.fork)
+        name = arguments.fork or job.name
         if isinstance(opened, dict):
-            display.say(f"run {job.name} has finished at step {opened['steps']:,}; raise run.epochs to go on")
+            display.say(f"run {name} has finished at step {opened['steps']:,}; raise run.epochs to go on")
             return _show_result(arguments, display, {**opened, "already_finished": True})
         run, lease = opened
         with lease, stop.listening(display.say), stop.watching(run.url, display.say):
@@ -47,7 +51,7 @@ def _train_one(arguments: argparse.Namespace, job: Job) -> int:
                 "train",
                 asdict(run),
                 job.run,
-                name=job.name,
+                name=name,
                 address=arguments.address,
                 show=display.handle,
                 stop=stop,
