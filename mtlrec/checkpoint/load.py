@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from mtlrec import watchdog
 from mtlrec.checkpoint import ranges
 from mtlrec.checkpoint.manifest import WEIGHTS, Block, Manifest, TableEntry
 from mtlrec.checkpoint.ranges import in_threads, pieces, read_rows, read_whole
@@ -43,7 +44,7 @@ def load_tables(url: str, manifest: Manifest, blocks: Iterable[TableBlock], stri
         names = _check_fit(url, block, table, strict)
         work += [piece for source in table.blocks for piece in _overlap(block, source, names)]
     for _ in in_threads(lambda piece: _load_piece(url, piece), work, ranges.THREADS):
-        pass
+        watchdog.alive("a piece of a load")
 
 
 def load_dense(url: str, manifest: Manifest) -> dict[str, torch.Tensor]:

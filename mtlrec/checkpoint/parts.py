@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from mtlrec import storage
+from mtlrec import storage, watchdog
 from mtlrec.checkpoint import layout
 from mtlrec.checkpoint.folder import MANIFEST
 from mtlrec.checkpoint.manifest import (
@@ -166,6 +166,7 @@ def _write_file(url: str, file: str, tensors: Mapping[str, Values], metadata: Ma
         for name, slot in slots.items():
             data = to_bytes(tensors[name])
             stream.write(data)
+            watchdog.alive("a piece of a save")
             entries[name] = TensorEntry(
                 dtype=slot.dtype,  # type: ignore[arg-type]  # one of the format's names
                 shape=list(slot.shape),
