@@ -20,11 +20,29 @@ from mtlrec.lockstep import Totals, together
 from mtlrec.model.model import build_model
 from mtlrec.objective.objective import Objective, build_objective
 from mtlrec.optimizers import OBJECTIVE, DenseOptimizer, ReplicatedTables
+from mtlrec.safety import Evidence, Skipped
 from mtlrec.schema import Schema
-from mtlrec.sharding import ShardedModel, initialise_tables, local_blocks, set_step, shard
+from mtlrec.sharding import (
+    ShardedModel,
+    initialise_tables,
+    local_blocks,
+    set_step,
+    shard,
+    take_back_step,
+)
 
 WEIGHTS = "weights."
 """Dense weights are kept as `weights.<parameter>`, beside the state `optimizer.<parameter>.<state>`."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step left behind."""
+
+    losses: torch.Tensor
+    """[T], on the device: the weighted sum of each task's loss over this rank's rows."""
+    evidence: Evidence | None
+    """Of what was not finite; then nothing has moved, on any rank. None: all is well."""
 
 
 @dataclass
@@ -37,21 +55,42 @@ class Trainer:
     world: World
     step: int
 
-    def train_step(self, batch: Batch, totals: Totals) -> torch.Tensor:
-        """One forward, one backward (in which the tables are updated), one dense step.
+    def train_step(self, batch: Batch, totals: Totals) -> Step:
+        """One forward; one backward, in two parts; one dense step. A collective.
 
-        `totals.amounts`: what `objective.amounts` gave, summed over the ranks. Returns the weighted sum of
-        each task's loss over this rank's rows, [T], on the device, detached.
+        The tables are updated in their backward. So the graph is cut behind them: first the backward of
+        everything else, and only where all of it is finite on every rank that of the tables. Otherwise
+        nothing moves, and the step counts all the same. To the bit it is what one backward would do.
+
+        `totals.amounts`: what `objective.amounts` gave, summed over the ranks.
         """
         batch = batch.to(self.world.device)
         amounts = totals.amounts.to(self.world.device, torch.float32, non_blocking=True)
-        outputs, embeddings = self.model.outputs_and_embeddings(batch)
-        loss, sums = self.objective.loss(outputs, batch, amounts, self.world.world_size, embeddings)
+        model = self.model.model
+        looked_up = model.trunk_input(batch)
+        x = looked_up.detach().requires_grad_(looked_up.requires_grad)
+        outputs = model.dense_part(x, batch)
+        loss, sums = self.objective.loss(outputs, batch, amounts, self.world.world_size, model.embeddings(x))
         self.optimizer.zero_grad()
         loss.backward()
-        self.optimizer.step(self.step)
+        witnesses = [loss.detach()]
+        if x.grad is not None:
+            # As for the dense part: the tables' optimizers keep squares too.
+            witnesses.append(torch.linalg.vector_norm(x.grad))
+        evidence = None
+        # On CUDA the one wait of a step: what follows cannot be taken back.
+        if self.optimizer.average(witnesses):
+            if x.grad is not None:
+                looked_up.backward(x.grad)
+            self.optimizer.step(self.step)
+        else:
+            take_back_step(self.model)
+            with torch.no_grad():
+                each = self.objective.row_losses(outputs, batch)
+            parameters = self.optimizer.not_finite()
+            evidence = Evidence(batch, outputs.detach(), each, x.detach(), x.grad, parameters)
         self.step += 1
-        return sums.detach()
+        return Step(sums.detach(), evidence)
 
     def dense_tensors(self) -> dict[str, torch.Tensor]:
         """All that a checkpoint keeps beside the tables, by name, live."""
@@ -119,7 +158,8 @@ def _resume(trainer: Trainer, schema: Schema, checkpoint: str, start: Manifest, 
     rest = _load(learnt, schema, checkpoint, start, with_state=True, own=own)
     trainer.optimizer.load(rest)
     trainer.step = start.meta["step"]
-    set_step(trainer.model, trainer.step)
+    # The tables' optimizers have seen the steps that were applied.
+    set_step(trainer.model, trainer.step - Skipped.from_json(start.meta.get("skipped")).steps)
 
 
 def _load(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from mtlrec.batch import Batch
 from mtlrec.control import Control
 from mtlrec.distributed import World, all_reduce_sum
 from mtlrec.lockstep import Totals
+from mtlrec.safety import Skipped
 
 
 class Journal:
@@ -34,7 +34,10 @@ class Journal:
         total_steps: int,
         every_s: float,
         record_rows: bool,
+        skipped: Skipped,
     ) -> None:
+        self.skipped = skipped
+        """Batches that the run has passed over."""
         self.rows = 0
         """Rows trained since this start, over all workers."""
         self.seconds = 0.0
@@ -59,17 +62,21 @@ class Journal:
         if self._clock is None:
             self._clock = time.monotonic()
 
-    def end_step(self, batch: Batch, totals: Totals, losses: torch.Tensor) -> None:
-        """`losses` [T]: this rank's weighted sums of losses, still on the device, not waited for.
+    def end_step(self, batch: Batch, totals: Totals, losses: torch.Tensor | None) -> None:
+        """`losses` [T]: this rank's weighted sums of losses, still on the device, not waited for; None where
+        the batch was passed over.
 
         The first T of the totals' amounts are what they are divided by.
         """
         self._step += 1
-        self.rows += totals.rows
-        self._loss += losses
-        self._valid += totals.amounts[: len(self._valid)]
         if self._recorded is not None:
-            self._recorded.append(batch.rows.numpy().copy())
+            # Rows that were not trained are recorded like padding.
+            rows = batch.rows if losses is not None else torch.full_like(batch.rows, -1)
+            self._recorded.append(rows.numpy().copy())
+        if losses is not None:
+            self.rows += totals.rows
+            self._loss += losses
+            self._valid += totals.amounts[: len(self._valid)]
 
     def pause(self) -> None:
         """Stop the clock: what follows is not training."""
@@ -80,7 +87,7 @@ class Journal:
     def report(self) -> dict[str, float]:
         """Mean loss per task since the last report, over all workers; shown and written by rank 0.
 
-        Raises RuntimeError, on every rank, where it is not finite. A collective.
+        A collective.
         """
         loss = all_reduce_sum(self._loss.cpu(), self._world)
         means = {
@@ -88,12 +95,6 @@ class Journal:
             for index, task in enumerate(self._tasks)
             if self._valid[index] > 0
         }
-        for task, mean in means.items():
-            if not math.isfinite(mean):
-                raise RuntimeError(
-                    f"the loss of task {task} is {mean} by step {self._step}; the last checkpoint stands; "
-                    "lower the learning rates or look at the labels and dense features"
-                )
         self._loss.zero_()
         self._valid.zero_()
         if self._events is None or self.rows == self._reported[2]:
@@ -118,6 +119,8 @@ class Journal:
         for task, mean in means.items():
             self._events.scalar(f"loss/{task}", mean, self._step)
         self._events.scalar("samples_per_s", rate, self._step)
+        if self.skipped.steps:
+            self._events.scalar("skipped_steps", self.skipped.steps, self._step)
         return means
 
     def scalars(self, values: dict[str, float]) -> None:

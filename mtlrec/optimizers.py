@@ -98,8 +98,10 @@ class ReplicatedTables:
 class DenseOptimizer:
     """Adam, AdamW or SGD over everything that is not a table; also steps the data-parallel tables.
 
-    All gradients live in one flat buffer, so that one all-reduce averages them over the workers. Clipping and
-    schedule are for the dense part; tables have a constant learning rate.
+    All gradients live in one flat buffer: first the dense ones, with a slot for the workers' word on whether
+    theirs are fit to be applied; then those of the data-parallel tables. One all-reduce averages each part:
+    the second is there only after the tables' backward, which must wait for that word. Clipping and schedule
+    are for the dense part; tables have a constant learning rate.
     """
 
     def __init__(self, job: Job, model: Trainable, world: World) -> None:
@@ -109,18 +111,19 @@ class DenseOptimizer:
         self._tables = model.replicated
         self._parameters = model.dense_parameters()
         dense = list(self._parameters.values())
-        everything = dense + (self._tables.parameters() if self._tables else [])
-        starts, size, dense_size = [], 0, 0
-        for index, parameter in enumerate(everything):
-            starts.append(size)
-            size += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
-            if index < len(dense):
-                dense_size = size
+        tables = self._tables.parameters() if self._tables else []
+        dense_starts, slot = _places(dense, 0)
+        table_starts, size = _places(tables, slot + _ALIGNMENT)
         self._gradient = torch.zeros(size, device=world.device)
-        self._dense_gradient = self._gradient[:dense_size]
+        self._dense_gradient, self._table_gradient = (
+            self._gradient[:slot],
+            self._gradient[slot + _ALIGNMENT :],
+        )
+        self._averaged, self._slot = self._gradient[: slot + 1], self._gradient[slot]
+        self._norm: torch.Tensor | None = None
         self._views = [
             (parameter, self._gradient[start : start + parameter.numel()].view_as(parameter))
-            for parameter, start in zip(everything, starts, strict=True)
+            for parameter, start in zip([*dense, *tables], [*dense_starts, *table_starts], strict=True)
         ]
         for parameter, view in self._views:
             parameter.grad = view
@@ -131,22 +134,49 @@ class DenseOptimizer:
     def zero_grad(self) -> None:
         """Before every backward."""
         self._gradient.zero_()
+        self._norm = None
+
+    def average(self, witnesses: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+        """Average the dense gradients over the workers; bool [], on the device and the same on every worker:
+        whether they and every worker's `witnesses`, scalars, are finite. A collective.
+
+        Gradients so large that the sum of their squares is not finite count as not finite: every optimizer
+        but SGD keeps squares, and would never let such a weight move again.
+        """
+        assert all(parameter.grad is view for parameter, view in self._views), "a gradient was replaced"
+        for witness in witnesses:
+            # 0 where it is finite, NaN where not, which any sum keeps.
+            self._slot += witness * 0.0
+        self._average(self._averaged)
+        self._norm = torch.linalg.vector_norm(self._dense_gradient)
+        return torch.isfinite(self._norm + self._slot)
+
+    def not_finite(self) -> list[str]:
+        """After `average`: names of the dense parameters whose gradient is not finite."""
+        return [
+            name
+            for name, parameter in self._parameters.items()
+            if parameter.grad is not None and not torch.isfinite(parameter.grad).all()
+        ]
 
     def step(self, step: int) -> None:
-        """Average the gradients over the workers and apply them. `step`: how many were taken before."""
-        assert all(parameter.grad is view for parameter, view in self._views), "a gradient was replaced"
-        if self._world.world_size > 1:
-            dist.all_reduce(self._gradient)
-            self._gradient /= self._world.world_size
+        """Apply the gradients, after `average`. `step`: how many were taken before. A collective."""
+        assert self._norm is not None, "gradients are averaged first"
+        if self._tables:
+            self._average(self._table_gradient)
         if self._section.clip_norm is not None:
-            norm = torch.linalg.vector_norm(self._dense_gradient)
             # As torch.nn.utils.clip_grad_norm_ has it; a factor of 1 where the norm is small enough.
-            self._dense_gradient *= (self._section.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            self._dense_gradient *= (self._section.clip_norm / (self._norm + 1e-6)).clamp(max=1.0)
         for group in self._optimizer.param_groups:
             group["lr"] = self._section.lr * schedule_factor(self._section.schedule, step)
         self._optimizer.step()
         if self._tables:
             self._tables.step()
+
+    def _average(self, gradient: torch.Tensor) -> None:
+        if self._world.world_size > 1:
+            dist.all_reduce(gradient)
+            gradient /= self._world.world_size
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """The dense optimizer's state, live: "optimizer.<parameter>.<state>"; there from the start."""
@@ -174,6 +204,15 @@ class DenseOptimizer:
         with torch.no_grad():
             for name, value in mine.items():
                 value.copy_(tensors[name])
+
+
+def _places(parameters: Sequence[nn.Parameter], start: int) -> tuple[list[int], int]:
+    """Where each begins in the flat buffer, from `start` on, and where the last ends."""
+    starts = []
+    for parameter in parameters:
+        starts.append(start)
+        start += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
+    return starts, start
 
 
 def schedule_factor(schedule: Schedule, step: int) -> float:

@@ -125,6 +125,7 @@ class Saver:
             "attempt": self._start,
             "metrics": measured[0] if measured else None,
             "judge": self._judge.to_json(),
+            "skipped": self._journal.skipped.to_json(),
             "forked_from": self._run.forked_from,
         }
         blocks, dense = list(local_blocks(trainer.model)), trainer.dense_tensors()

@@ -1,6 +1,6 @@
 """A model whose tables are spread over the workers. The only file that touches TorchRec's private names.
 
-M rows of the model, E columns of embeddings, T tasks.
+M rows of the model, T tasks.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torchrec.distributed.types import (
 )
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
+from mtlrec import watchdog
 from mtlrec.batch import Batch
 from mtlrec.distributed import World, all_gather_bytes
 from mtlrec.job.job import Job
@@ -83,15 +84,10 @@ class ShardedModel(nn.Module):
         self._counts_steps = optimizer in _ADAM_FAMILY
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        return self.outputs_and_embeddings(batch)[0]
-
-    def outputs_and_embeddings(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `Recommender.outputs_and_embeddings`: outputs [M, T], embeddings [M, E]."""
-        found = self.model.outputs_and_embeddings(batch)
-        if self._counts_steps and not torch.is_grad_enabled():
-            # fbgemm counts every forward as a step of the optimizer, also one that is only looked at.
-            _add_steps(self, -1)
-        return found
+        outputs: torch.Tensor = self.model(batch)
+        if not torch.is_grad_enabled():
+            take_back_step(self)
+        return outputs
 
     def dense_parameters(self) -> dict[str, nn.Parameter]:
         """Name -> parameter of all that is not a table, in the model's order; checkpoints use these names."""
@@ -185,6 +181,7 @@ def initialise_tables(model: ShardedModel, seed: int, scale: float) -> None:
             count = min(block.rows - row, BLOCK_ROWS - start % BLOCK_ROWS)
             values = table_rows(seed, block.table, start, count, dims[block.table], scale)
             block.weights[row : row + count].copy_(torch.from_numpy(values[:, columns]))
+            watchdog.alive("starting weights")
             row += count
 
 
@@ -194,6 +191,17 @@ def set_step(model: ShardedModel, step: int) -> None:
         for module in _fused_modules(model):
             module.iter.fill_(step)
             module.iter_cpu.fill_(step)
+
+
+def take_back_step(model: ShardedModel) -> None:
+    """After a forward of the tables that no backward follows, which moves nothing.
+
+    fbgemm counts every forward as a step of the optimizer. Only the Adam family minds.
+    """
+    if model._counts_steps:
+        for module in _fused_modules(model):
+            module.iter.add_(-1)
+            module.iter_cpu.add_(-1)
 
 
 class _Undistributed(nn.Module):
@@ -278,12 +286,6 @@ def _is_fused(group: Any) -> bool:
 
 def _fused_modules(model: ShardedModel) -> Iterator[Any]:
     yield from (group.emb_module for group in _lookups(model) if _is_fused(group))
-
-
-def _add_steps(model: ShardedModel, steps: int) -> None:
-    for module in _fused_modules(model):
-        module.iter.add_(steps)
-        module.iter_cpu.add_(steps)
 
 
 def _blocks_of(group: Any, model: ShardedModel) -> Iterator[LocalBlock]:

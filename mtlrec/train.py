@@ -23,6 +23,7 @@ from mtlrec.journal import Journal
 from mtlrec.judge import Judge
 from mtlrec.lockstep import in_step, together
 from mtlrec.preflight import RESULT, Run, asked_of
+from mtlrec.safety import Guard, Skipped
 from mtlrec.saver import Saver
 
 
@@ -42,8 +43,9 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
     feed = open_feed(run, world, control, checkpoint, start)
     job = feed.job
     judge = Judge(job.run.evaluate)
-    position, step = Position.start(job.data.lanes), 0
+    position, step, skipped = Position.start(job.data.lanes), 0, Skipped()
     if start is not None:
+        skipped = Skipped.from_json(start.meta.get("skipped"))
         if run.forked_from is None or not forks or run.forked_from["order"] == "kept":
             position = Position.from_json(start.meta["position"], f"{checkpoint}: position")
         step = start.meta["step"]
@@ -75,7 +77,9 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
             total_steps=total,
             every_s=job.run.report_every_s,
             record_rows=job.run.record_rows,
+            skipped=skipped,
         )
+        guard = Guard(job.run, feed.schema, world, control, skipped)
         saver = stack.enter_context(Saver(run, feed, judge, number, world, control, journal))
         saved, measured, stopped = checkpoint, None, False
         if judge.is_over and world.rank == 0:
@@ -88,8 +92,9 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
             for batch, totals in in_step(reader, world, signals, amounts):
                 stop, report, *saving = totals.signals
                 journal.start_step()
-                losses = trainer.train_step(batch, totals)
-                journal.end_step(batch, totals, losses)
+                done = trainer.train_step(batch, totals)
+                guard.consider(trainer.step, position, totals.rows, feed.dataset, done.evidence)
+                journal.end_step(batch, totals, done.losses if done.evidence is None else None)
                 saver.advance(*saving)
                 before, position = position, batch.position
                 saved, measured, ended = None, None, trainer.step == total
@@ -126,6 +131,8 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
         "stopped": stopped,
         "steps": trainer.step,
         "rows": journal.rows,
+        "skipped_steps": skipped.steps,
+        "skipped_rows": skipped.rows,
         "samples_per_s": journal.rows / journal.seconds if journal.seconds else None,
         "seconds": time.monotonic() - began,
         "parameters": parameters,

@@ -43,6 +43,7 @@ def train(model: Small, optimizer: DenseOptimizer, steps: range) -> None:
     for step in steps:
         optimizer.zero_grad()
         model.loss(step).backward()
+        optimizer.average()
         optimizer.step(step)
 
 
@@ -154,7 +155,7 @@ def test_a_replaced_gradient_is_noticed(world: World) -> None:
     model.weight.grad = None
     model.loss(0).backward()
     with pytest.raises(AssertionError, match="a gradient was replaced"):
-        optimizer.step(0)
+        optimizer.average()
 
 
 def test_schedule_warms_up_and_decays() -> None:

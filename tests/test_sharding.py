@@ -33,6 +33,7 @@ def train(trainer: tuple[Any, Any, Any], steps: range) -> list[float]:
         loss, _ = objective.loss(model(batch), batch, count, 1)
         optimizer.zero_grad()
         loss.backward()
+        optimizer.average()
         optimizer.step(step)
         losses.append(loss.item())
     return losses

@@ -72,6 +72,9 @@ def _show_result(arguments: argparse.Namespace, display: Display, result: dict[s
     display.say(
         f"{result['rows']:,} rows trained, {result['steps']:,} steps{rate}, {result['seconds']:.0f} s"
     )
+    if result.get("skipped_steps"):
+        steps, rows = result["skipped_steps"], result["skipped_rows"]
+        display.say(f"{steps:,} steps of {rows:,} rows were not finite and skipped (run.non_finite: skip)")
     display.say(f"run        {result['run_dir']}")
     display.say(f"checkpoint {result['checkpoint']}")
     if best is not None and best["checkpoint"] != result["checkpoint"]:

@@ -50,25 +50,27 @@ class Recommender(nn.Module):
         self._dropout = dropout
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        return self.outputs_and_embeddings(batch)[0]
-
-    def outputs_and_embeddings(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Outputs [M, T], and the embeddings behind them [M, E], float32, both with their gradients."""
-        if self._dropout is not None and self.training:
-            self._dropout.begin(batch)
-        x = self.trunk_input(batch)
-        return self.dense_part(x, batch.scenario), x[:, : self._embedding_width]
+        return self.dense_part(self.trunk_input(batch), batch)
 
     def trunk_input(self, batch: Batch) -> torch.Tensor:
-        """[M, I] float32: pooled embeddings in the order of the lookups, then the dense numbers."""
+        """[M, I] float32: pooled embeddings in the order of the lookups, then the dense numbers.
+
+        With its gradient, but for the dense numbers alone where there are no tables.
+        """
         if self.tables is None:
             return batch.dense
         return torch.cat([*pool(self.tables, batch.ids, self._names), batch.dense], dim=1)
 
-    def dense_part(self, x: torch.Tensor, scenario: torch.Tensor) -> torch.Tensor:
-        """x [M, I], scenario int64 [M] -> outputs [M, T] float32."""
+    def embeddings(self, x: torch.Tensor) -> torch.Tensor:
+        """The pooled embeddings in a trunk's input [M, I]: [M, E], a view."""
+        return x[:, : self._embedding_width]
+
+    def dense_part(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Everything behind the tables: the trunk's input x [M, I] of `batch` -> outputs [M, T] float32."""
+        if self._dropout is not None and self.training:
+            self._dropout.begin(batch)
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.mixed):
-            outputs: torch.Tensor = self.towers(self.backbone(x, scenario))
+            outputs: torch.Tensor = self.towers(self.backbone(x, batch.scenario))
         return outputs.float().t()
 
 

@@ -100,23 +100,7 @@ class Objective(nn.Module):
         weighted sum of each task's loss over this worker's rows. A task that no row of the global batch
         trains adds exactly nothing to the loss or to any gradient, its uncertainty included.
         """
-        own, num_rows = outputs[: len(batch.valid)], len(batch.valid)
-        there = batch.negatives
-        drawn = outputs[num_rows:].view(num_rows, -1, outputs.shape[1]) if there is not None else None
-        zero = outputs.new_zeros(())
-        # Labels are cleared first: whatever stands where there is none must not reach a gradient.
-        labels = torch.where(batch.valid, batch.labels, zero) * self._factor + self._shift
-        losses = []
-        for task, kind in enumerate(self._kinds):
-            if kind == "pairwise":
-                assert drawn is not None and there is not None, "a pairwise task is sampled"
-                losses.append(pairwise(own[:, task], drawn[:, :, task], there))
-            else:
-                losses.append(LOSSES[kind](own[:, task], labels[:, task]))
-        each = torch.where(self._trains(batch), torch.stack(losses, dim=1), zero)
-        if drawn is not None and there is not None and self._adds_rows:
-            against = binary(drawn[:, :, self._sampled], self._shift[self._sampled].expand(there.shape))
-            each[:, self._sampled] += torch.where(there, against, zero).sum(dim=1)
+        each, zero = self.row_losses(outputs, batch), outputs.new_zeros(())
         sums = each.sum(dim=0) if batch.weight is None else batch.weight @ each
         by_task, weight, rows = amounts[:-2], amounts[-2], amounts[-1]
         trained = by_task > 0
@@ -135,6 +119,29 @@ class Objective(nn.Module):
             whole = rows if self._batch_size is None else self._batch_size
             total = total + embeddings.square().sum() * (self.embedding_l2 * world_size / whole)
         return total, sums
+
+    def row_losses(self, outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Outputs [M, T] -> each task's loss of each row with its negatives, unweighted, [B, T]; 0 where a
+        task does not learn from the row.
+        """
+        own, num_rows = outputs[: len(batch.valid)], len(batch.valid)
+        there = batch.negatives
+        drawn = outputs[num_rows:].view(num_rows, -1, outputs.shape[1]) if there is not None else None
+        zero = outputs.new_zeros(())
+        # Labels are cleared first: whatever stands where there is none must not reach a gradient.
+        labels = torch.where(batch.valid, batch.labels, zero) * self._factor + self._shift
+        losses = []
+        for task, kind in enumerate(self._kinds):
+            if kind == "pairwise":
+                assert drawn is not None and there is not None, "a pairwise task is sampled"
+                losses.append(pairwise(own[:, task], drawn[:, :, task], there))
+            else:
+                losses.append(LOSSES[kind](own[:, task], labels[:, task]))
+        each = torch.where(self._trains(batch), torch.stack(losses, dim=1), zero)
+        if drawn is not None and there is not None and self._adds_rows:
+            against = binary(drawn[:, :, self._sampled], self._shift[self._sampled].expand(there.shape))
+            each[:, self._sampled] += torch.where(there, against, zero).sum(dim=1)
+        return each
 
     @property
     def _adds_rows(self) -> bool:

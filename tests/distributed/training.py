@@ -53,10 +53,10 @@ def _train(world: World, job: Job, data: list[tuple[Batch, torch.Tensor]], probe
     results.update(_predict(model, probe, "first"))
     losses = []
     for step, (batch, count) in enumerate(data):
-        outputs, embeddings = model.outputs_and_embeddings(replace(batch, step=step))
-        loss, sums = objective.loss(outputs, batch, count, world.world_size, embeddings)
+        loss, sums = objective.loss(model(replace(batch, step=step)), batch, count, world.world_size)
         optimizer.zero_grad()
         loss.backward()
+        optimizer.average()
         optimizer.step(step)
         losses.append((all_reduce_sum(sums.detach(), world) / count[:-2].clamp(min=1)).numpy())
     results["losses"] = np.stack(losses)

@@ -104,8 +104,8 @@ def test_negatives_are_rows_of_their_own(dropout: float) -> None:
         rows=whole.rows[:32],
         negatives=torch.ones(32, 2, dtype=torch.bool),
     )
-    outputs, embeddings = model.outputs_and_embeddings(drawn)
-    assert outputs.shape == (96, 3) and embeddings.shape == (96, schema.embedding_width)
+    outputs, x = model(drawn), model.trunk_input(drawn)
+    assert outputs.shape == (96, 3) and model.embeddings(x).shape == (96, schema.embedding_width)
     assert torch.equal(outputs, model(whole)) == (dropout == 0.0)
     model.eval()
     assert torch.equal(model(drawn), model(whole))
@@ -240,8 +240,10 @@ def test_backbone_is_handed_embeddings_dense_numbers_and_scenario() -> None:
     backbone = Recording()
     batch = cut(global_rows(schema, 96, 1), schema, 0, 1)
     towers = Towers(inputs=width, num_tasks=3, hidden=[], dropout=Dropout())
-    outputs, embeddings = Recommender(tables, schema.lookups, backbone, towers).outputs_and_embeddings(batch)
+    model = Recommender(tables, schema.lookups, backbone, towers)
+    outputs = model(batch)
     x, scenario = backbone.seen
+    embeddings = model.embeddings(x)
     assert outputs.shape == (96, 3)
     assert x.shape == (96, width)
     assert torch.equal(scenario, batch.scenario)
