@@ -8,13 +8,17 @@ import os
 import sys
 from typing import NoReturn
 
-from mtlrec.commands.console import DONE, FAILED, STOPPED, WRONG_INPUT, print_text
+from mtlrec.commands.console import DONE, FAILED, STOPPED, WRONG_INPUT, leave, print_text
 from mtlrec.job.errors import InputError
 
 
-def main(argv: list[str] | None = None) -> int:
+def run() -> NoReturn:
+    """The program `mtlrec`."""
+    leave(main(sys.argv[1:]))
+
+
+def main(words: list[str]) -> int:
     """Run one command; returns its exit code (0 done, 1 failed, 2 wrong input, 3 stopped on request)."""
-    words = sys.argv[1:] if argv is None else argv
     arguments = argparse.Namespace(json="--json" in words)
     try:
         arguments = _parser().parse_args(words)
@@ -238,4 +242,4 @@ def _job_schema(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import contextlib
 import json
 import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 3
 """Exit codes."""
@@ -26,3 +28,21 @@ def print_json(arguments: argparse.Namespace, result: dict[str, Any]) -> int:
     if arguments.json:
         print_text(json.dumps(result))
     return DONE
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with `code`.
+
+    A thread of gloo lets go of a collective's tensors some time after the collective has returned, and needs
+    the interpreter for it. Where that is just being taken down, the thread is ended in the middle of a C++
+    destructor, and the whole process with SIGABRT ("terminate called without an active exception"). TorchRec
+    holds on to the process group, so the threads cannot be joined: leave without taking anything down.
+    """
+    if "torch.distributed" not in sys.modules:
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        # Who was to read it may be gone.
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

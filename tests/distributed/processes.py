@@ -108,6 +108,7 @@ def _main(folder: Path, rank: int) -> None:
     import torch
     import torch.distributed as dist
 
+    from mtlrec.commands.console import leave
     from mtlrec.distributed import shut_down, this_world
 
     call = json.loads((folder / "call.json").read_text())
@@ -126,6 +127,7 @@ def _main(folder: Path, rank: int) -> None:
     np.savez(folder / f"{rank}.npz", allow_pickle=False, **arrays)
     (folder / f"{rank}.json").write_text(json.dumps(others))
     shut_down()
+    leave(0)
 
 
 if __name__ == "__main__":
