@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from mtlrec.assembly import restore
 from mtlrec.checkpoint.manifest import read_manifest
 from mtlrec.checkpoint.vocabularies import load_vocabularies
 from mtlrec.control import Control
 from mtlrec.data.vocabulary import Vocabulary
 from mtlrec.distributed import World
-from mtlrec.evaluate import Scores, evaluate, subject_of
+from mtlrec.evaluate import Measured, Scores, evaluate, subject_of
 from mtlrec.job.errors import InputError
 from mtlrec.job.job import job_from_dict
 from mtlrec.lockstep import together
@@ -37,8 +39,8 @@ def _train(payload: dict[str, Any], world: World, control: Control) -> dict[str,
 
 def _evaluate(payload: dict[str, Any], world: World, control: Control) -> dict[str, Any]:
     """payload: `job`, `checkpoint`, `data`, `batch_size`."""
-    metrics, ideal = _measure(payload, payload, world, control, None)
-    return {"checkpoint": payload["checkpoint"], "data": payload["data"], "metrics": metrics, "ideal": ideal}
+    found = _measure(payload, payload, world, control, None)
+    return {"checkpoint": payload["checkpoint"], "data": payload["data"], **found._asdict()}
 
 
 def _against(payload: dict[str, Any], world: World, control: Control) -> dict[str, Any]:
@@ -64,14 +66,21 @@ def _against(payload: dict[str, Any], world: World, control: Control) -> dict[st
     first, second = gathered
     found = None
     if first is not None and second is not None:
+        if not np.array_equal(first.ties, second.ties):
+            raise InputError(
+                f"{payload['data']}: rows are bad for one model and not for the other "
+                f"({measured[0].bad_rows['rows']:,} and {measured[1].bad_rows['rows']:,}), so that the two "
+                "cannot be compared row by row; mend them, or name data without them"
+            )
         found = differences(first, second, replicates, seed, show=control.show)
     return {
         "checkpoint": payload["checkpoint"],
         "against": other["checkpoint"],
         "data": payload["data"],
-        "metrics": measured[0][0],
-        "against_metrics": measured[1][0],
-        "ideal": measured[0][1],
+        "metrics": measured[0].metrics,
+        "against_metrics": measured[1].metrics,
+        "ideal": measured[0].ideal,
+        "bad_rows": measured[0].bad_rows,
         "differences": found,
     }
 
@@ -87,11 +96,21 @@ def _predict(payload: dict[str, Any], world: World, control: Control) -> dict[st
 
 def _measure(
     side: dict[str, Any], payload: dict[str, Any], world: World, control: Control, keep: Scores | None
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
+) -> Measured:
     """`evaluate` of the checkpoint in `side` on the data of `payload`. The model is gone afterwards."""
     model, schema, vocabularies = _restore(side, world)
-    data, batch_size = payload["data"], payload["batch_size"]
-    return evaluate(model, schema, data, batch_size, world, control, vocabularies=vocabularies, keep=keep)
+    return evaluate(
+        model,
+        schema,
+        payload["data"],
+        payload["batch_size"],
+        world,
+        control,
+        vocabularies=vocabularies,
+        keep=keep,
+        # Both of two models that are compared are measured on the same rows.
+        tolerance=job_from_dict(payload["job"], payload["checkpoint"]).data.tolerance,
+    )
 
 
 def _restore(payload: dict[str, Any], world: World) -> tuple[ShardedModel, Schema, Mapping[str, Vocabulary]]:

@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,11 +20,12 @@ from mtlrec import storage
 from mtlrec.batch import Batch
 from mtlrec.control import Control
 from mtlrec.data.ids import hash_ids
-from mtlrec.data.order import Position
+from mtlrec.data.order import Position, rows_between
+from mtlrec.data.quarantine import Counts, Quarantine, open_dataset, told
 from mtlrec.data.reader import Reader
 from mtlrec.data.shards import Dataset
 from mtlrec.data.vocabulary import Vocabulary
-from mtlrec.distributed import World, gather_bytes
+from mtlrec.distributed import World, all_gather_bytes, gather_bytes
 from mtlrec.lockstep import in_step, together
 from mtlrec.metrics.differences import Scored, Subject
 from mtlrec.metrics.groups import NO_GROUP
@@ -32,8 +33,17 @@ from mtlrec.metrics.metrics import Metrics
 from mtlrec.schema import Schema
 from mtlrec.sharding import ShardedModel
 
-Measured = tuple[dict[str, Any], dict[str, Any] | None]
-"""Metrics by scenario and task, and the best that any model could reach where the data says so; on rank 0."""
+
+class Measured(NamedTuple):
+    """What a data set says of a model."""
+
+    metrics: dict[str, Any]
+    """By scenario and task, on rank 0; empty elsewhere."""
+    ideal: dict[str, Any] | None
+    """The best that any model could reach, in the same shape, on rank 0 and where the data carries it."""
+    bad_rows: Counts
+    """What was left out of the data."""
+
 
 SHOW_EVERY_S = 2.0
 IDEAL = "_ideal.json"
@@ -49,15 +59,17 @@ def evaluate(
     *,
     vocabularies: Mapping[str, Vocabulary] = MappingProxyType({}),
     keep: Scores | None = None,
+    tolerance: float | None = None,
 ) -> Measured:
     """Score every row of the data set at `url` once, all workers together.
 
     Where the schema names the user, ranking is measured within each user's rows too. `keep` is given every
-    row. Returns, on rank 0, the metrics by scenario and task and, where the data carries it, the best that
-    any model could reach, in the same shape; on other ranks an empty dict and None.
+    row. tolerance: the share of rows that may be bad and are left out, which rank 0 shows; None: a bad row is
+    an error. A collective. Raises InputError, on every rank alike.
     """
     schema = schema.for_measuring()
-    dataset = together(world, lambda: Dataset.open(url, schema.columns()))
+    dataset = together(world, lambda: open_dataset(url, schema.columns(), tolerance))
+    quarantine = None if tolerance is None else Quarantine(dataset, tolerance)
     user = _user_column(schema)
     tasks = [(task.name, task.kind) for task in schema.tasks]
     metrics = Metrics(schema.scenarios, tasks, grouped=user is not None)
@@ -72,6 +84,7 @@ def evaluate(
         what="evaluate",
         keys=keys,
         vocabularies=vocabularies,
+        quarantine=quarantine,
     )
     for batch, outputs in scored:
         rows = slice(batch.num_rows)
@@ -86,12 +99,21 @@ def evaluate(
         metrics.update(*found, users=users, ties=ties)
         if keep is not None:
             keep.add(*found, users, ties)
+    bad_rows = {"rows": 0, "row_groups": 0, "files": 0}
+    if quarantine is not None:
+        # Of a row group that two ranks share, each has counted all.
+        groups: dict[int, int] = {}
+        for mine in all_gather_bytes(json.dumps(list(quarantine.groups.items())).encode(), world):
+            groups.update(json.loads(mine))
+        bad_rows = quarantine.check(groups)
+        if world.rank == 0 and any(bad_rows.values()):
+            control.show({"kind": "log", "text": f"left out of {url}: {told(bad_rows)}"})
     parts = gather_bytes(metrics.to_bytes(), world)
     if parts is None:
-        return {}, None
+        return Measured({}, None, bad_rows)
     for part in parts[1:]:
         metrics.merge(Metrics.from_bytes(part))
-    return metrics.result(), ideal_of(url)
+    return Measured(metrics.result(), ideal_of(url), bad_rows)
 
 
 class Scores:
@@ -147,6 +169,7 @@ def score(
     labels: bool = True,
     keys: Sequence[str] = (),
     vocabularies: Mapping[str, Vocabulary] = MappingProxyType({}),
+    quarantine: Quarantine | None = None,
 ) -> Iterator[tuple[Batch, torch.Tensor]]:
     """Yield (batch, outputs [B, T] float32 on the CPU) over the whole data set, in the order of the files.
 
@@ -172,15 +195,17 @@ def score(
         labels=labels,
         keys=keys,
         vocabularies=vocabularies,
+        quarantine=quarantine,
     )
     model.eval()
-    done, began, shown = 0, time.monotonic(), time.monotonic()
+    began = shown = time.monotonic()
     try:
         with reader, torch.no_grad():
-            for batch, totals in in_step(reader, world):
+            for batch, _ in in_step(reader, world):
                 # Other tasks than regressions have mean 0 and deviation 1.
                 yield batch, model(batch.to(world.device)).float().cpu() * std + mean
-                done += totals.rows
+                # Bad rows are done too.
+                done = rows_between(Position.start(world_size), batch.position, dataset.rows)
                 now = time.monotonic()
                 if world.rank == 0 and (now - shown > SHOW_EVERY_S or done == dataset.rows):
                     shown, rate = now, done / (now - began)

@@ -13,6 +13,8 @@ from mtlrec.checkpoint.vocabularies import load_vocabularies
 from mtlrec.control import Control
 from mtlrec.data.negatives import Sampler
 from mtlrec.data.order import Position
+from mtlrec.data.quarantine import FOLDER as QUARANTINE
+from mtlrec.data.quarantine import Counts, Quarantine, Tally, good_rows, open_dataset, recorded
 from mtlrec.data.reader import Reader
 from mtlrec.data.shards import Dataset
 from mtlrec.data.vocabulary import Vocabulary
@@ -38,10 +40,16 @@ class Feed:
     """By table."""
     sampler: Sampler | None
     """Of negatives; None where the job draws none."""
+    quarantine_url: str
+    """Folder where bad rows are written down, if the job leaves them out."""
 
     def reader(self, position: Position, step: int, world: World) -> Reader:
         """This worker's batches from `position`, behind `step` steps, to the end of the last epoch."""
-        data = self.job.data
+        data, quarantine = self.job.data, None
+        if data.tolerance is not None:
+            quarantine = Quarantine(self.dataset, data.tolerance, self.quarantine_url)
+            if world.rank == 0:
+                quarantine.record_files()
         return Reader(
             self.dataset,
             self.schema,
@@ -58,7 +66,19 @@ class Feed:
             vocabularies=self.vocabularies,
             first_step=step,
             negatives=self.sampler,
+            quarantine=quarantine,
         )
+
+    def tally(self) -> Tally | None:
+        """Counts the bad rows of this data, step by step; None where one is an error."""
+        tolerance = self.job.data.tolerance
+        return None if tolerance is None else Tally(self.dataset, tolerance, self.quarantine_url)
+
+    def left_out(self) -> Counts:
+        """What was written down of bad rows, by all workers and starts of the run."""
+        if self.job.data.tolerance is None:
+            return {"rows": 0, "row_groups": 0, "files": 0}
+        return recorded(self.quarantine_url)
 
 
 def open_feed(
@@ -71,11 +91,12 @@ def open_feed(
     job = job_from_dict(run.job, run.url)
     schema = build_schema(job.schema_, job.model)
     dataset = together(world, lambda: _open(job, schema, run))
+    good = good_rows(dataset, schema, job.data.tolerance)
     if checkpoint is not None and start is not None:
         vocabularies = together(world, lambda: load_vocabularies(checkpoint, start))
     else:
         groups = _groups(schema)
-        built = build(dataset, _wanted(job, schema, groups), run.url, world, control)
+        built = build(good, _wanted(job, schema, groups), run.url, world, control)
         vocabularies = {table: built[group[0]] for group in groups for table in group}
     if vocabularies:
         job = with_rows(job, vocabularies)
@@ -85,9 +106,9 @@ def open_feed(
             storage.write(storage.join(run.url, "job.yaml"), text.encode())
     sampler = None
     if job.data.negatives is not None:
-        index = build_index(dataset, schema, job.data.negatives, vocabularies, world, control)
+        index = build_index(good, schema, job.data.negatives, vocabularies, world, control)
         sampler = Sampler(index, schema, job.data.negatives, job.seed)
-    return Feed(job, schema, dataset, vocabularies, sampler)
+    return Feed(job, schema, dataset, vocabularies, sampler, storage.join(run.url, QUARANTINE))
 
 
 def with_rows(job: Job, vocabularies: Mapping[str, Vocabulary]) -> Job:
@@ -130,7 +151,7 @@ def _wanted(job: Job, schema: Schema, groups: list[list[str]]) -> list[Wanted]:
 
 
 def _open(job: Job, schema: Schema, run: Run) -> Dataset:
-    dataset = Dataset.open(job.data.train, schema.columns())
+    dataset = open_dataset(job.data.train, schema.columns(), job.data.tolerance)
     if dataset.fingerprint != run.fingerprint:
         raise InputError(
             f"{job.data.train}: this worker sees other shards than the machine that started the run; "

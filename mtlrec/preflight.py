@@ -16,6 +16,7 @@ from mtlrec.checkpoint.lease import Lease
 from mtlrec.checkpoint.manifest import Manifest, read_manifest
 from mtlrec.data import label_statistics, statistics
 from mtlrec.data.overview import overview
+from mtlrec.data.quarantine import good_rows, open_dataset
 from mtlrec.data.shards import Dataset
 from mtlrec.job.changes import changes
 from mtlrec.job.errors import InputError
@@ -94,9 +95,10 @@ def open_run(
         fork.refuse_unfit(url, job, origin)
     schema = build_schema(job.schema_, job.model)
     _refuse_unknown_tables(job, schema)
-    train = Dataset.open(job.data.train, schema.columns())
+    tolerance = job.data.tolerance
+    train = open_dataset(job.data.train, schema.columns(), tolerance)
     measured = schema.for_measuring().columns()
-    held_out = Dataset.open(job.data.eval, measured) if job.data.eval else None
+    held_out = open_dataset(job.data.eval, measured, tolerance) if job.data.eval else None
     if before is not None:
         _refuse_changed_data(job, train, before)
     anew: list[str] = []
@@ -117,7 +119,7 @@ def open_run(
         if result is not None:
             lease.release()
             return result
-        show({"kind": "data", "role": "train", **overview(train, schema)})
+        show({"kind": "data", "role": "train", **overview(good_rows(train, schema, tolerance), schema)})
         if held_out is not None:
             show({"kind": "log", "text": f"eval: {held_out.rows:,} rows in {len(held_out.shards):,} shards"})
         if newest is not None:
@@ -170,7 +172,7 @@ def open_checkpoint(
             raise InputError(f"--keys: {', '.join(unfit)} would be overwritten by the task of that name")
         Dataset.open(url, (*schema.columns(labels=False), *key_columns(task["keys"])))
     else:
-        Dataset.open(url, schema.for_measuring().columns())
+        open_dataset(url, schema.for_measuring().columns(), job.data.tolerance)
     return job, task
 
 
@@ -219,7 +221,8 @@ def _measured(job: Job, before: Manifest | None, show: Show) -> Job:
         return job_from_dict(raw, f"{job.name} with the numbers of its checkpoint")
     if statistics.needs_measuring(job.schema_):
         show({"kind": "log", "text": f"measuring number features on {job.data.train}"})
-        section = statistics.measure(job.data.train, job.schema_, _progress(show))
+        data = statistics.good_training_rows(job) or job.data.train
+        section = statistics.measure(data, job.schema_, _progress(show))
         raw["schema"] = section.model_dump(mode="json", by_alias=True)
         job = job_from_dict(raw, f"{job.name} with measured features")
     if label_statistics.needs_measuring(job.schema_):

@@ -7,7 +7,7 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
-from mtlrec import storage
+from mtlrec import storage, watchdog
 from mtlrec.assembly import Trainer, assemble
 from mtlrec.checkpoint import folder
 from mtlrec.checkpoint.manifest import read_manifest
@@ -35,6 +35,7 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
     """
     began = time.monotonic()
     checkpoint, number, forks = _agree_on_start(run, world)
+    watchdog.label(f"{number:04d}")
     if number > 1 and world.rank == 0:
         control.show(
             {"kind": "log", "text": f"start {number} of this run, from {checkpoint or 'its beginning'}"}
@@ -46,7 +47,7 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
     position, step, skipped = Position.start(job.data.lanes), 0, Skipped()
     if start is not None:
         skipped = Skipped.from_json(start.meta.get("skipped"))
-        if run.forked_from is None or not forks or run.forked_from["order"] == "kept":
+        if not forks or (run.forked_from or {})["order"] == "kept":
             position = Position.from_json(start.meta["position"], f"{checkpoint}: position")
         step = start.meta["step"]
         # A fork is judged by what it reaches itself: its best is to be one of its own checkpoints.
@@ -89,8 +90,11 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
             saver.prepare(trainer)
             signals = lambda: (control.should_stop(), journal.due(), *saver.signals())  # noqa: E731
             amounts = (len(tasks) + 2, trainer.objective.amounts)
+            tally = feed.tally()
             for batch, totals in in_step(reader, world, signals, amounts):
                 stop, report, *saving = totals.signals
+                if tally is not None:
+                    tally.add(position, batch.position, totals.rows)
                 journal.start_step()
                 done = trainer.train_step(batch, totals)
                 guard.consider(trainer.step, position, totals.rows, feed.dataset, done.evidence)
@@ -124,7 +128,7 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
         if world.rank == 0:
             finish(saved, measured[0])
         journal.scalars(_scalars(measured[0]))
-    metrics, ideal = measured or (None, None)
+    metrics, ideal, _ = measured or (None, None, None)
     result: dict[str, Any] = {
         "run_dir": run.url,
         "checkpoint": saved,
@@ -133,6 +137,7 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
         "rows": journal.rows,
         "skipped_steps": skipped.steps,
         "skipped_rows": skipped.rows,
+        "bad_rows": feed.left_out() if world.rank == 0 else None,
         "samples_per_s": journal.rows / journal.seconds if journal.seconds else None,
         "seconds": time.monotonic() - began,
         "parameters": parameters,
@@ -167,7 +172,14 @@ def _evaluate(trainer: Trainer, feed: Feed, world: World, control: Control) -> M
     data, known = feed.job.data, feed.vocabularies
     assert data.eval is not None
     return evaluate(
-        trainer.model, feed.schema, data.eval, data.batch_size, world, control, vocabularies=known
+        trainer.model,
+        feed.schema,
+        data.eval,
+        data.batch_size,
+        world,
+        control,
+        vocabularies=known,
+        tolerance=data.tolerance,
     )
 
 

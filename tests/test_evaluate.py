@@ -111,7 +111,7 @@ def test_regressions_are_measured_in_the_unit_of_their_label(data: Path, world: 
     plain = schema_of(jobs(data)[0])
     click, rating = plain.tasks
     schema = replace(plain, tasks=(click, replace(rating, mean=3.0, std=2.0)))
-    metrics, ideal = evaluate(model_of(schema, 0), schema, str(data), 90, world, Silent())
+    metrics, ideal, _ = evaluate(model_of(schema, 0), schema, str(data), 90, world, Silent())
     assert ideal is None
     label = np.array(table_of(data)["rating"], dtype=np.float64)
     errors = (2 * outputs_of(np.arange(1500), 2, 0)[:, 1] + 3 - label)[~np.isnan(label)]

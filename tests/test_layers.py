@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS = """
     __init__ job stack schema s3 storage watchdog metrics
     data.ids data.vocabulary data.source data.labels data.order data.column_types data.shards data.columns
-    data.decode data.negatives data.windows data.statistics data.label_statistics data.overview
-    data.population data.synthetic data.prepare
+    data.decode data.quarantine data.negatives data.windows
+    data.statistics data.label_statistics data.overview data.population data.synthetic data.prepare
     checkpoint.layout checkpoint.folder checkpoint.manifest checkpoint.ranges checkpoint.lease
     checkpoint.starts checkpoint.inspect
     fork preflight judge doctor control display compare stopping

@@ -9,6 +9,8 @@ from dataclasses import asdict
 from typing import Any
 
 from mtlrec.commands.console import DONE, STOPPED, print_json
+from mtlrec.data.quarantine import FOLDER as QUARANTINE
+from mtlrec.data.quarantine import told
 from mtlrec.display import Display
 from mtlrec.job.errors import InputError
 from mtlrec.job.job import Job
@@ -75,6 +77,9 @@ def _show_result(arguments: argparse.Namespace, display: Display, result: dict[s
     if result.get("skipped_steps"):
         steps, rows = result["skipped_steps"], result["skipped_rows"]
         display.say(f"{steps:,} steps of {rows:,} rows were not finite and skipped (run.non_finite: skip)")
+    bad = result.get("bad_rows")  # results of older versions have none
+    if bad is not None and any(bad.values()):
+        display.say(f"left out   {told(bad)}; {result['run_dir']}/{QUARANTINE} says which, and why")
     display.say(f"run        {result['run_dir']}")
     display.say(f"checkpoint {result['checkpoint']}")
     if best is not None and best["checkpoint"] != result["checkpoint"]:

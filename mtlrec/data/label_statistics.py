@@ -15,7 +15,7 @@ import numpy.typing as npt
 from mtlrec.data.columns import Columns, column_names
 from mtlrec.data.decode import build_columns
 from mtlrec.data.shards import Dataset
-from mtlrec.data.statistics import Progress
+from mtlrec.data.statistics import Progress, good_training_rows
 from mtlrec.job.job import Job
 from mtlrec.job.model import ModelSection
 from mtlrec.job.schema import BinaryTask, RegressionTask, SchemaSection
@@ -41,16 +41,16 @@ def measure_labels(job: Job, progress: Progress | None = None) -> SchemaSection:
     All are over the training rows that have the label and whose `given` task allows it, by sample weight. A
     prior counts the negatives that training draws for its task (as if every positive got all of them),
     and stays half a row away from 0 and 1; a target without any label has mean 0, and one of a
-    single value std 1. Raises InputError, naming file, row group, row and column, for a label that fits no
-    task.
+    single value std 1. Bad rows are left out where the job says so; else raises InputError, naming file, row
+    group, row and column, for a label that fits no task.
     """
     schema = _labels_alone(job)
-    dataset = Dataset.open(job.data.train, schema.columns())
+    dataset = good_training_rows(job) or Dataset.open(job.data.train, schema.columns())
     # Weight of the labels, their weighted sum, and sum of squares around the mean: by task.
     total, sums, squares = np.zeros((3, len(schema.tasks)))
     labelled = np.zeros(len(schema.tasks), np.int64)
     done = 0
-    for columns in _read(dataset, schema):
+    for group, columns in enumerate(_read(dataset, schema)):
         weight = np.ones(len(columns)) if columns.weight is None else columns.weight.astype(np.float64)
         for t in range(len(schema.tasks)):
             here = columns.valid[:, t]
@@ -64,7 +64,7 @@ def measure_labels(job: Job, progress: Progress | None = None) -> SchemaSection:
             squares[t] += by @ (label - mean) ** 2 + shift**2 * total[t] * part / (total[t] + part)
             total[t] += part
             sums[t] += by @ label
-        done += len(columns)
+        done += int(dataset.group_rows[group])
         if progress is not None:
             progress(done, dataset.rows)
     drawn = job.data.negatives
@@ -98,9 +98,8 @@ def _read(dataset: Dataset, schema: Schema) -> Iterator[Columns]:
     names = column_names(schema, True, ())
 
     def read(group: int) -> Columns:
-        shard = dataset.shards[dataset.group_shard[group]]
-        where = f"{shard.url}, row group {dataset.group_index[group]}"
-        return build_columns(dataset.read_group(group, names), schema, where=where, first_row=0)
+        table = dataset.read_group(group, names)
+        return build_columns(table, schema, where=dataset.where(group), first_row=0)
 
     groups: npt.NDArray[np.int64] = np.arange(len(dataset.group_rows))
     with ThreadPoolExecutor(_THREADS) as pool:

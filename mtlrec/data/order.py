@@ -126,6 +126,11 @@ def advance(position: Position, rows: Sequence[int], rows_per_step: int) -> Posi
     return Position(position.generation, position.epoch, done)
 
 
+def rows_between(before: Position, after: Position, num_rows: int) -> int:
+    """Rows of a generation of `num_rows` that lie between two positions in it, bad ones included."""
+    return (after.epoch - before.epoch) * num_rows + sum(after.done) - sum(before.done)
+
+
 class Lane:
     """One lane of one epoch: its part of the list of row groups, cut into segments."""
 

@@ -20,9 +20,10 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mtlrec.batch import Batch
-from mtlrec.data.columns import Columns, join
+from mtlrec.data.columns import Columns, join, join_keys
 from mtlrec.data.negatives import Sampler
 from mtlrec.data.order import Position, advance, check_position, lane_rows, steps_left, stride, worker_lanes
+from mtlrec.data.quarantine import Quarantine
 from mtlrec.data.shards import Dataset
 from mtlrec.data.vocabulary import Vocabulary
 from mtlrec.data.windows import Windows
@@ -45,8 +46,10 @@ class Reader:
     batch_size: rows of a step over all workers, a multiple of `lanes`. window: rows of a lane that are
     shuffled among themselves. labels: whether labels and sample weights are read. keys: columns passed
     through in `Batch.keys`. vocabularies: by table. first_step: `Batch.step` of the first batch. negatives:
-    what draws them, if any. ahead: batches that are kept ready. pin_memory: put batches where a GPU copies
-    them from while it computes. threads: row groups that are read and decoded side by side.
+    what draws them, if any. quarantine: is told which rows are bad, which no batch then has (they keep their
+    place in the order); None: a bad row is an error. ahead: batches that are kept ready. pin_memory: put
+    batches where a GPU copies them from while it computes. threads: row groups that are read and decoded side
+    by side.
 
     Raises InputError for a batch size that lanes do not divide, and for a position of other data or lanes.
     """
@@ -70,6 +73,7 @@ class Reader:
         vocabularies: Mapping[str, Vocabulary] = MappingProxyType({}),
         first_step: int = 0,
         negatives: Sampler | None = None,
+        quarantine: Quarantine | None = None,
         ahead: int = 4,
         pin_memory: bool = False,
         threads: int = 2,
@@ -96,6 +100,7 @@ class Reader:
             keys=keys,
             vocabularies=vocabularies,
             negatives=negatives,
+            quarantine=quarantine,
             threads=threads,
         )
         builder = _Builder(
@@ -216,7 +221,7 @@ class _Ready:
 
 
 class _Steps:
-    """For each step, this worker's rows, lane after lane, and the position behind it."""
+    """For each step, this worker's good rows, lane after lane, and the position behind it."""
 
     def __init__(
         self,
@@ -250,7 +255,9 @@ class _Steps:
                         windows[lane] = columns, fill.done
                     columns, used = windows.pop(lane)
                     end = min(used + missing, len(columns))
-                    parts.append(columns.slice(used, end))
+                    part = columns.slice(used, end).good()
+                    if len(part):
+                        parts.append(part)
                     missing -= end - used
                     if end < len(columns):
                         windows[lane] = columns, end
@@ -361,7 +368,7 @@ class _Builder:
 
     def _key_table(self, parts: Sequence[Columns]) -> pa.Table:
         tables = [part.keys for part in parts]
-        return pa.concat_tables(tables) if tables else pa.table({name: pa.nulls(0) for name in self._keys})
+        return join_keys(tables) if tables else pa.table({name: pa.nulls(0) for name in self._keys})
 
     def _tensor(self, array: _Array) -> torch.Tensor:
         tensor = torch.from_numpy(array)

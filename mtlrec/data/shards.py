@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mtlrec import storage
@@ -33,6 +34,20 @@ _OPEN_FOOTERS = 64
 """Footers kept parsed: more shards than that are seldom read side by side."""
 
 
+class Unreadable(InputError):
+    """The bytes of a file's footer, or of a row group, are not what a writer of Parquet has left there.
+
+    Raised for what will be the same whoever reads it and however often, never for a fault of the storage.
+    """
+
+    def __init__(self, url: str, problem: str, digest: str = "") -> None:
+        super().__init__(f"{url}: {problem}")
+        self.problem = " ".join(problem.split())
+        """Without the file."""
+        self.digest = digest
+        """Of the bytes where the footer should be."""
+
+
 @dataclass(frozen=True)
 class Shard:
     """One Parquet file."""
@@ -46,6 +61,8 @@ class Shard:
     """Rows of each row group."""
     digest: str
     """Of the footer: it has the schema and, of every column chunk, the place, size and statistics."""
+    problem: str = ""
+    """Why its footer cannot be read, and the file was left out; "" where it can."""
 
     @property
     def rows(self) -> int:
@@ -75,12 +92,13 @@ class Dataset:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @classmethod
-    def open(cls, url: str, columns: Sequence[Column]) -> Dataset:
+    def open(cls, url: str, columns: Sequence[Column], skip_unreadable: bool = False) -> Dataset:
         """List the shards in a folder (or take one file), read their footers, check the columns' types.
 
         Every file counts but those under a name that begins with _ or a dot. Raises InputError, in one line,
-        for a missing or empty folder, no rows, a file that is not Parquet, and, naming file and column, a
-        column that is missing or of a type that it may not have.
+        for a missing or empty folder, no rows, a file that is not Parquet (with `skip_unreadable` it becomes
+        a shard without rows that says its `problem`), and, naming file and column, a column that is missing
+        or of a type that it may not have.
         """
         url = storage.make_absolute(url, ".")
         files = [file for file in storage.list_files(url) if not _is_hidden(file.path)]
@@ -92,25 +110,23 @@ class Dataset:
                 + "; data is a folder of Parquet shards (names that begin with _ or . are passed over)"
             )
         with ThreadPoolExecutor(min(_THREADS, len(files))) as pool:
-            footers = list(pool.map(_read_footer, files))
-        first = footers[0][0]
-        schema = column_types.arrow_schema(first, files[0].url)
-        column_types.check(schema, files[0].url, columns)
-        for file, (footer, _) in zip(files[1:], footers[1:], strict=True):
+            footers = list(pool.map(_try_footer if skip_unreadable else _read_footer, files))
+        read = [
+            (file, found[0])
+            for file, found in zip(files, footers, strict=True)
+            if not isinstance(found, Unreadable)
+        ]
+        if not read:
+            raise next(found for found in footers if isinstance(found, Unreadable))
+        (begin, first), *others = read
+        schema = column_types.arrow_schema(first, begin.url)
+        column_types.check(schema, begin.url, columns)
+        for file, footer in others:
             if not footer.schema.equals(first.schema):
                 other = column_types.arrow_schema(footer, file.url)
                 column_types.check(other, file.url, columns)
-                column_types.check_alike(schema, files[0].url, other, file.url, columns)
-        shards = tuple(
-            Shard(
-                file.path,
-                file.url,
-                file.size,
-                tuple(footer.row_group(group).num_rows for group in range(footer.num_row_groups)),
-                digest,
-            )
-            for file, (footer, digest) in zip(files, footers, strict=True)
-        )
+                column_types.check_alike(schema, begin.url, other, file.url, columns)
+        shards = tuple(_shard(file, found) for file, found in zip(files, footers, strict=True))
         places = [
             (number, group, rows)
             for number, shard in enumerate(shards)
@@ -132,6 +148,10 @@ class Dataset:
             _fingerprint(shards),
             {column.name: str(schema.field(column.name).type) for column in columns},
         )
+
+    def where(self, group: int) -> str:
+        """File and row group, for messages."""
+        return f"{self.shards[self.group_shard[group]].url}, row group {self.group_index[group]}"
 
     def index(self) -> dict[str, Any]:
         """Plain JSON data, kept with a run, that `describe_change` explains a later difference by."""
@@ -168,8 +188,9 @@ class Dataset:
     def read_group(self, group: int, columns: Sequence[str]) -> pa.Table:
         """Row group `group` (0 <= group < G) with just these columns, strings as dictionaries.
 
-        Opens, reads and closes the file, on the calling thread. Raises InputError naming file and row group
-        where it is corrupt, changed or gone, and naming the column where the file has none of that name.
+        Opens, reads and closes the file, on the calling thread. Raises Unreadable naming file and row group
+        where it is corrupt, InputError where the file has changed or is gone, and naming the column where it
+        has none of that name.
         """
         number, index = int(self.group_shard[group]), int(self.group_index[group])
         shard = self.shards[number]
@@ -195,14 +216,20 @@ class Dataset:
         except FileNotFoundError:
             raise InputError(f"{shard.url}: {_CHANGED}") from None
         except (pa.ArrowException, OSError) as error:
-            raise InputError(
-                f"{shard.url}: row group {index} is corrupt: {error}; replace the file"
-            ) from error
-        if table.num_rows != shard.groups[index]:
-            raise InputError(
-                f"{shard.url}: row group {index} is corrupt: {table.num_rows} rows; replace the file"
-            )
+            if _is_of_the_machine(error):
+                raise InputError(f"{shard.url}: row group {index} cannot be read: {error}") from error
+            raise Unreadable(shard.url, f"row group {index} is corrupt: {error}; replace the file") from error
+        problem = f"{table.num_rows} rows" if table.num_rows != shard.groups[index] else _wild_index(table)
+        if problem:
+            raise Unreadable(shard.url, f"row group {index} is corrupt: {problem}; replace the file")
         return table
+
+    def empty_group(self, group: int, columns: Sequence[str]) -> pa.Table:
+        """What `read_group` gives, of no row: for a row group that cannot be read."""
+        number = int(self.group_shard[group])
+        url = self.shards[number].url
+        schema = column_types.arrow_schema(self._footer(number), url)
+        return pa.schema([column_types.find(schema, url, column) for column in columns]).empty_table()
 
     def _footer(self, number: int) -> pq.FileMetaData:
         with self._lock:
@@ -236,9 +263,11 @@ def _read_footer(file: storage.File) -> tuple[pq.FileMetaData, str]:
         if tail[-4:] == b"PARE":
             raise InputError(f"{file.url}: encrypted Parquet is not supported; write it without encryption")
         if len(tail) < 12 or tail[-4:] != b"PAR1":
-            raise InputError(
-                f"{file.url}: not a Parquet file, or cut short ({file.size} bytes); replace it, or move it "
-                "out (names that begin with _ or . are passed over)"
+            raise Unreadable(
+                file.url,
+                f"not a Parquet file, or cut short ({file.size} bytes); replace it, or move it "
+                "out (names that begin with _ or . are passed over)",
+                _digest(tail),
             )
         length = int.from_bytes(tail[-8:-4], "little") + 8
         if len(tail) < length <= file.size:
@@ -246,11 +275,49 @@ def _read_footer(file: storage.File) -> tuple[pq.FileMetaData, str]:
         try:
             footer = pq.read_metadata(pa.BufferReader(tail[-length:]))
         except (pa.ArrowException, OSError) as error:
-            raise InputError(
-                f"{file.url}: the Parquet footer is corrupt: {error}; replace the file"
+            raise Unreadable(
+                file.url, f"the Parquet footer is corrupt: {error}; replace the file", _digest(tail)
             ) from error
-        return footer, hashlib.blake2b(tail[-length:], digest_size=16).hexdigest()
+        return footer, _digest(tail[-length:])
     raise InputError(f"{file.url}: {_CHANGED}")
+
+
+def _try_footer(file: storage.File) -> tuple[pq.FileMetaData, str] | Unreadable:
+    try:
+        return _read_footer(file)
+    except Unreadable as error:
+        return error
+
+
+def _shard(file: storage.File, found: tuple[pq.FileMetaData, str] | Unreadable) -> Shard:
+    if isinstance(found, Unreadable):
+        return Shard(file.path, file.url, file.size, (), f"unreadable {found.digest}", found.problem)
+    footer, digest = found
+    groups = tuple(footer.row_group(group).num_rows for group in range(footer.num_row_groups))
+    return Shard(file.path, file.url, file.size, groups, digest)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _is_of_the_machine(error: Exception) -> bool:
+    """A disk that fails or memory that is full, and not the file: Arrow gives corruption no error number."""
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) is not None
+
+
+def _wild_index(table: pa.Table) -> str:
+    """What is wrong with dictionaries, where an index leads out of one; Parquet's reader does not look."""
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        for chunk in column.chunks:
+            while pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type):
+                chunk = chunk.flatten()
+            if pa.types.is_dictionary(chunk.type):
+                bounds = pc.min_max(chunk.indices).as_py()
+                low, high = bounds["min"], bounds["max"]
+                if low is not None and not 0 <= low <= high < len(chunk.dictionary):
+                    return f"column {name} has a value that is not in its dictionary"
+    return ""
 
 
 def _fingerprint(shards: Sequence[Shard]) -> str:

@@ -15,10 +15,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mtlrec.data.quarantine import good_rows, open_dataset
 from mtlrec.data.shards import Dataset
 from mtlrec.job.errors import InputError
+from mtlrec.job.job import Job
 from mtlrec.job.schema import NumberFeature, SchemaSection
-from mtlrec.schema import Column
+from mtlrec.schema import Column, build_schema
 
 EXACT_ROWS = 2_000_000
 """Quantiles are exact up to so many rows; beyond, they are those of so many rows, in evenly spaced groups."""
@@ -36,19 +38,20 @@ def needs_measuring(section: SchemaSection) -> bool:
     return bool(_wanting(section))
 
 
-def measure(dataset_url: str, section: SchemaSection, progress: Progress | None = None) -> SchemaSection:
+def measure(data: str | Dataset, section: SchemaSection, progress: Progress | None = None) -> SchemaSection:
     """The schema with mean and std, or boundaries, filled in wherever they are wanting.
 
-    Mean and (population) standard deviation are exact, over every number that is neither null nor NaN; a
-    column of one value has std 1. Boundaries are the distinct quantiles k / buckets of those numbers.
-    Raises InputError, naming file, row group, row and column, for an infinite number; and naming the column
-    where it has no number at all.
+    data: a folder or file, or shards that are open. Mean and (population) standard deviation are exact, over
+    every number that is neither null nor NaN; a column of one value has std 1. Boundaries are the distinct
+    quantiles k / buckets of those numbers. Raises InputError, naming file, row group, row and column, for an
+    infinite number; and naming the column where it has no number at all.
     """
     wanting = _wanting(section)
     columns = {name: feature.column or name for name, feature in wanting.items()}
-    dataset = Dataset.open(
-        dataset_url, [Column(column, "number", f"schema.features.{name}") for name, column in columns.items()]
-    )
+    if isinstance(data, str):
+        asked = [Column(column, "number", f"schema.features.{name}") for name, column in columns.items()]
+        data = Dataset.open(data, asked)
+    dataset = data
     standardised = [name for name, feature in wanting.items() if feature.transform == "standardise"]
     bucketised = [name for name, feature in wanting.items() if feature.transform == "bucketise"]
     every = range(len(dataset.group_rows))
@@ -81,6 +84,24 @@ def measure(dataset_url: str, section: SchemaSection, progress: Progress | None 
             else:
                 features[name] = _with_boundaries(feature, np.concatenate(values.pop(name)), where)
     return section.model_copy(update={"features": {**section.features, **features}})
+
+
+def good_training_rows(job: Job) -> Dataset | None:
+    """The rows to be measured, where bad ones are left out; None where a bad row is an error.
+
+    A feature that is yet to be measured accepts any finite number here, as it will then: none among n is
+    further than sqrt(n) standard deviations from their mean, so that none is too large for float32.
+    """
+    tolerance = job.data.tolerance
+    if tolerance is None:
+        return None
+    accepting = {
+        name: feature.model_copy(update={"transform": "bucketise", "boundaries": [0.0]})
+        for name, feature in _wanting(job.schema_).items()
+    }
+    features = {**job.schema_.features, **accepting}
+    schema = build_schema(job.schema_.model_copy(update={"features": features}), job.model)
+    return good_rows(open_dataset(job.data.train, schema.columns(), tolerance), schema, tolerance)
 
 
 def _wanting(section: SchemaSection) -> dict[str, NumberFeature]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from mtlrec.data.columns import Columns, column_names, join
-from mtlrec.data.decode import build_columns
+from mtlrec.data.decode import build_columns, unreadable_columns
 from mtlrec.data.negatives import Sampler
 from mtlrec.data.order import (
     Fill,
@@ -22,7 +22,9 @@ from mtlrec.data.order import (
     lane_rows,
     window_permutation,
 )
-from mtlrec.data.shards import Dataset
+from mtlrec.data.quarantine import Quarantine
+from mtlrec.data.shards import Dataset, Unreadable
+from mtlrec.data.source import BadRows
 from mtlrec.data.vocabulary import Vocabulary
 from mtlrec.schema import Schema
 
@@ -53,8 +55,10 @@ class Windows:
         keys: Sequence[str],
         vocabularies: Mapping[str, Vocabulary],
         negatives: Sampler | None,
+        quarantine: Quarantine | None,
         threads: int,
     ) -> None:
+        self._quarantine = quarantine
         self._vocabularies, self._negatives = vocabularies, negatives
         self._dataset, self._schema, self._labels, self._keys = dataset, schema, labels, tuple(keys)
         self._num_lanes, self._shuffle, self._seed = lanes, shuffle, seed
@@ -181,18 +185,33 @@ class Windows:
         )
 
     def _read(self, group: int) -> Columns:
-        dataset = self._dataset
-        shard = dataset.shards[dataset.group_shard[group]]
-        table = dataset.read_group(group, self._names)
+        dataset, quarantine = self._dataset, self._quarantine
+        first_row, num_rows = int(dataset.group_start[group]), int(dataset.group_rows[group])
+        try:
+            table = dataset.read_group(group, self._names)
+        except Unreadable as error:
+            if quarantine is None:
+                raise
+            quarantine.add_group(group, error)
+            columns = unreadable_columns(
+                num_rows, self._schema, first_row=first_row, labels=self._labels, keys=self._keys
+            )
+            return (
+                columns if self._negatives is None else replace(columns, user=np.full(num_rows, -1, np.int32))
+            )
+        bad = None if quarantine is None else BadRows(num_rows)
         columns = build_columns(
             table,
             self._schema,
-            where=f"{shard.url}, row group {dataset.group_index[group]}",
-            first_row=int(dataset.group_start[group]),
+            where=dataset.where(group),
+            first_row=first_row,
             labels=self._labels,
             keys=self._keys,
             vocabularies=self._vocabularies,
+            bad=bad,
         )
+        if quarantine is not None and bad is not None:
+            quarantine.add_rows(group, bad)
         if self._negatives is None:
             return columns
         return replace(columns, user=self._negatives.users_of(table, columns))

@@ -51,10 +51,19 @@ class DataSection(Section):
     """Rows of a lane that are shuffled among themselves (and held in memory)."""
     lanes: int = Field(default=16, ge=1, le=4096)
     """Parts that the data is read in side by side; workers are at most as many."""
-    bad_rows: Literal["error"] = "error"
-    """What happens to a row that does not fit the schema."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """What happens to a row that does not fit the schema, a row group or file that cannot be read: it ends
+    the run, or is left out, counted, and written down in the run's folder (docs/data.md)."""
+    max_bad_share: float = Field(default=0.1, ge=0, le=1)
+    """skip: the share of a data set's rows (of unreadable files, in bytes) that may be bad; more is an error,
+    for then it is the schema that is wrong."""
     negatives: NegativesSection | None = None
     """Null: rows are trained as they are."""
+
+    @property
+    def tolerance(self) -> float | None:
+        """The share of rows that may be bad and are left out; None: a bad row is an error."""
+        return self.max_bad_share if self.bad_rows == "skip" else None
 
     @model_validator(mode="after")
     def _lanes_divide(self) -> DataSection:
