@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from mtlrec import storage
 from mtlrec.assembly import restore
 from mtlrec.checkpoint.manifest import read_manifest
 from mtlrec.checkpoint.vocabularies import load_vocabularies
 from mtlrec.control import Control
 from mtlrec.data.vocabulary import Vocabulary
-from mtlrec.distributed import World
+from mtlrec.distributed import World, all_gather_bytes
 from mtlrec.evaluate import Measured, Scores, evaluate, subject_of
 from mtlrec.job.errors import InputError
 from mtlrec.job.job import job_from_dict
@@ -30,7 +33,21 @@ Action = Callable[[dict[str, Any], World, Control], dict[str, Any]]
 
 def perform(action: str, payload: dict[str, Any], world: World, control: Control) -> dict[str, Any]:
     """Run one of ACTIONS; every worker calls it with the same payload."""
-    return ACTIONS[action](payload, world, control)
+    storage.configure(job_from_dict(payload["job"], action).storage_options)
+    result = ACTIONS[action](payload, world, control)
+    _tell_retries(world, control)
+    return result
+
+
+def _tell_retries(world: World, control: Control) -> None:
+    """Say once, where all went well in the end, how often the storage did not at first."""
+    counts: Counter[str] = Counter()
+    for found in all_gather_bytes(json.dumps(storage.take_retries()).encode(), world):
+        counts.update(json.loads(found))
+    if counts and world.rank == 0:
+        kinds = ", ".join(f"{why} {count:,}" for why, count in counts.most_common())
+        text = f"the storage failed {counts.total():,} time(s) and was tried again: {kinds}"
+        control.show({"kind": "log", "text": text})
 
 
 def _train(payload: dict[str, Any], world: World, control: Control) -> dict[str, Any]:

@@ -44,7 +44,10 @@ class Run:
 
 
 def read_job(url: str, overrides: list[str]) -> Job:
-    """The job file at `url`, its paths made absolute. `overrides` count from the current folder."""
+    """The job file at `url`, its paths made absolute. `overrides` count from the current folder.
+
+    From here on this process reaches object storage as the job says; the file itself as the environment says.
+    """
     url = storage.make_absolute(url, ".")
     try:
         text = storage.read(url).decode()
@@ -60,7 +63,12 @@ def read_job(url: str, overrides: list[str]) -> Job:
         if value is not None:
             base = "." if f"{section}.{field}" in set_here else storage.parent(url)
             raw[section][field] = storage.make_absolute(value, base)
-    return job_from_dict(raw, url)
+    if (bundle := raw["storage_options"]["ca_bundle"]) is not None:
+        base = "." if "storage_options.ca_bundle" in set_here else storage.parent(url)
+        raw["storage_options"]["ca_bundle"] = storage.make_absolute(bundle, base)
+    job = job_from_dict(raw, url)
+    storage.configure(job.storage_options)
+    return job
 
 
 def open_run(
@@ -157,7 +165,11 @@ def open_checkpoint(
         raw["model"]["precision"] = "float32"
         if raw["optimizer"]["tables"]["kind"] not in CPU_TABLE_OPTIMIZERS:
             raw["optimizer"]["tables"]["kind"] = "sgd"
+    if storage.local_path(checkpoint) is None:
+        # What has reached the checkpoint reaches it again.
+        raw["storage_options"] = storage.configured().model_dump(mode="json")
     job = job_from_dict(raw, checkpoint)
+    storage.configure(job.storage_options)
     url = storage.make_absolute(data, ".") if data is not None else job.data.eval
     if url is None:
         raise InputError("--data: the job has no data.eval, so name the Parquet to read")
@@ -265,15 +277,12 @@ def _refuse_unknown_tables(job: Job, schema: Schema) -> None:
 def _refuse_changed_job(url: str, job: Job, before: Manifest) -> None:
     # Read again, so that fields which an older version did not know stand at their defaults.
     started = job_from_dict(before.meta["job"], f"{url}: the job of its checkpoint")
-    old, new = (
-        {key: value for key, value in body.to_dict().items() if key != "run"} for body in (started, job)
-    )
-    differences = changes(old, new)
+    differences = changes(started.essence(), job.essence())
     if differences:
         raise InputError(
             f"{url}: this run was started with another job: {'; '.join(differences)}. "
-            "Only the section run may change; `--fork NEW_NAME` goes on from its latest checkpoint as a run "
-            "with this job, and another name starts from nothing"
+            "Only the sections run and storage_options may change; `--fork NEW_NAME` goes on from its latest "
+            "checkpoint as a run with this job, and another name starts from nothing"
         )
 
 

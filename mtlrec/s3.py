@@ -1,6 +1,7 @@
 """What `storage` needs of S3: this process's connection, conditional create, and errors in plain words.
 
-Set up by the usual AWS environment (AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_REGION, AWS_ENDPOINT_URL, ...).
+Set up by the usual AWS environment and files (AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_ENDPOINT_URL, ...) and by a
+job's `storage_options`, which `configure` is given.
 """
 
 from __future__ import annotations
@@ -8,22 +9,24 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from mtlrec.job.errors import InputError
+from mtlrec.job.storage import StorageSection
+from mtlrec.patience import FULL, GaveUp, limited
 
 FIRST_CONTACT_S = 12.0
 """Seconds that a bucket has to answer its first request."""
-_CONFIG = {
-    "connect_timeout": 3,
-    "read_timeout": 30,
-    "retries": {"max_attempts": 3, "mode": "standard"},
-    "max_pool_connections": 32,
-}
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_FIRST_RETRIES = 4
+"""Of that request: a wrong endpoint should not take long to be told."""
+_MARK = "mtlrec-create"
+"""Metadata of an object that `create_object` made: whose it is."""
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _USER_ERRNO = (
     errno.EACCES,
     errno.EPERM,
@@ -51,6 +54,7 @@ _NO_CREDENTIALS = (
 )
 
 _lock = threading.Lock()
+_options = StorageSection()
 _current: tuple[tuple[int, int], Any] | None = None
 _met: set[tuple[int, int, str]] = set()
 
@@ -62,32 +66,30 @@ class StorageError(RuntimeError):
         super().__init__(" ".join(message.split()))
 
 
+def configure(options: StorageSection) -> None:
+    """From here on this process reaches S3 by `options`; the AWS environment says what they leave open."""
+    global _options
+    with _lock:
+        _options = options
+
+
+def configured() -> StorageSection:
+    """What `configure` was last given."""
+    return _options
+
+
 def filesystem(url: str) -> Any:
     """The s3fs file system for this URL; the first time a bucket is named, makes sure that it answers.
 
-    One for the process and its AWS environment: s3fs's own cache makes one a thread, and its connections do
-    not survive a fork.
+    One for the process, its AWS environment and its options: s3fs's own cache makes one a thread, and its
+    connections do not survive a fork.
     """
     global _current
     settings = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
-    state = (os.getpid(), hash(settings))
     with _lock:
+        state = (os.getpid(), hash((settings, _options)))
         if _current is None or _current[0] != state:
-            # Here, because it takes a second that those with local files need not wait for.
-            import s3fs
-
-            _current = (
-                state,
-                s3fs.S3FileSystem(
-                    skip_instance_cache=True,
-                    use_listings_cache=False,
-                    config_kwargs=dict(_CONFIG),
-                    # Some S3-compatible servers take only parts of one size.
-                    fixed_upload_size=True,
-                ),
-            )
-            # botocore has tried four times by then, a few seconds apart.
-            _current[1].retries = 2
+            _current = (state, _connect(_options))
         found = _current[1]
     bucket = url.removeprefix("s3://").split("/", 1)[0]
     if (*state, bucket) not in _met:
@@ -96,34 +98,73 @@ def filesystem(url: str) -> Any:
     return found
 
 
+def _connect(options: StorageSection) -> Any:
+    # Here, because it takes a second that those with local files need not wait for.
+    from mtlrec.s3_client import CONNECTIONS, PatientS3
+
+    if options.ca_bundle is not None and not Path(options.ca_bundle).is_file():
+        raise InputError(f"storage_options.ca_bundle: {options.ca_bundle}: there is no such file here")
+    client = {"region_name": options.region, "verify": options.ca_bundle}
+    return PatientS3(
+        anon=options.anonymous,
+        endpoint_url=options.endpoint_url,
+        client_kwargs={name: value for name, value in client.items() if value is not None},
+        config_kwargs={
+            "connect_timeout": options.connect_timeout_s,
+            "read_timeout": options.read_timeout_s,
+            # Whatever is tried again, PatientS3 does it.
+            "retries": {"total_max_attempts": 1, "mode": "standard"},
+            "max_pool_connections": CONNECTIONS,
+            "s3": {"addressing_style": options.addressing_style},
+        },
+        max_retries=options.retries,
+        retry_s=options.retry_s,
+        request_s=options.connect_timeout_s + options.read_timeout_s,
+        skip_instance_cache=True,
+        use_listings_cache=False,
+        # Some S3-compatible servers take only parts of one size.
+        fixed_upload_size=True,
+        **({"profile": options.profile} if options.profile is not None else {}),
+    )
+
+
 def _meet(filesystem: Any, url: str, bucket: str) -> None:
     """List one key: unlike a HEAD's, the refusal has a body, which says if key, secret or bucket is wrong."""
     prefix = url.removeprefix("s3://").partition("/")[2]
     try:
-        filesystem.call_s3(
-            "list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1, timeout=FIRST_CONTACT_S
-        )
+        with limited(FIRST_CONTACT_S, _FIRST_RETRIES):
+            filesystem.call_s3(
+                "list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1, timeout=FIRST_CONTACT_S
+            )
     except Exception as error:
         if error_code(error) == "AccessDenied":
             return  # keys that may read and write but not list: the call itself will tell
         raise _in_plain_words(url, "reached", error, first=True) from error
 
 
-def read_ranges(url: str, ranges: Sequence[tuple[int | None, int | None]]) -> list[bytes]:
-    """Byte ranges [start, end) of one object, side by side; fewer bytes where the object ends before."""
-    if len(ranges) > 1:
-        starts, ends = [start or 0 for start, _ in ranges], [end for _, end in ranges]
-        found: list[bytes] = filesystem(url).cat_ranges([url] * len(ranges), starts, ends, on_error="raise")
-        return found
-    start, end = ranges[0]
-    if end is not None and end <= (start or 0):
-        return [b""]
+def read_ranges(
+    url: str, ranges: Sequence[tuple[int | None, int | None]], total: int | None = None
+) -> list[bytes]:
+    """Byte ranges [start, end) of one object, side by side; fewer bytes where the object ends before.
+
+    total: bytes that the object should have. Raises FileNotFoundError where it is of another size by now.
+    """
+    wanted = [(start or 0, end) for start, end in ranges]
+    asked = [(start, end) for start, end in wanted if end is None or end > start]
+    if not asked:
+        return [b"" for _ in wanted]
     try:
-        return [filesystem(url).cat_file(url, start=start or (None if end is None else 0), end=end)]
+        found = dict(zip(asked, filesystem(url).ranges(url, asked), strict=True))
     except OSError as error:
-        if error_code(error) == "InvalidRange":  # begins at the object's end, or behind it
-            return [b""]
-        raise
+        if error_code(error) != "InvalidRange":
+            raise
+        # One begins at the object's end, or behind it.
+        if len(asked) == 1:
+            return [b"" for _ in wanted]
+        return [read_ranges(url, [each], total)[0] for each in wanted]
+    if total is not None and any(size != total for _, size in found.values()):
+        raise FileNotFoundError(f"{url}: it is not of {total:,} bytes any more")
+    return [found[each][0] if each in found else b"" for each in wanted]
 
 
 class RangeFile:
@@ -141,7 +182,7 @@ class RangeFile:
             if first <= start and end <= first + len(part):
                 return memoryview(part)[start - first : end - first]
         with plain_errors(self._url, "read"):
-            return read_ranges(self._url, [(start, end)])[0]
+            return read_ranges(self._url, [(start, end)], self._size)[0]
 
     def seek(self, offset: int, whence: int = 0) -> int:
         self._at = offset + (0, self._at, self._size)[whence]
@@ -164,20 +205,36 @@ class RangeFile:
 
 
 def create_object(url: str, data: bytes) -> bool:
-    """Put an object only if there is none (If-None-Match: *): True if it was this call that made it."""
-    for last in (False, False, False, True):
-        try:
-            filesystem(url).pipe_file(url, data, mode="create")
-            return True
-        except FileExistsError:
-            return False
-        except OSError as error:
-            if error_code(error) == "PreconditionFailed":
-                return False
-            # Two creators met; S3 asks for another try, which finds out who was first.
-            if error_code(error) != "ConditionalRequestConflict" or last:
-                raise
-    raise AssertionError("the last try returns or raises")
+    """Put an object only if there is none (If-None-Match: *): True if it was this call that made it.
+
+    Exact also where an answer is lost and the request repeated: the object carries a mark of its maker's.
+    """
+    mark, client = secrets.token_hex(16), filesystem(url)
+    try:
+        client.pipe_file(url, data, mode="create", Metadata={_MARK: mark})
+        return True
+    except OSError as error:
+        if not isinstance(error, FileExistsError) and error_code(error) != "PreconditionFailed":
+            raise
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    try:
+        found = client.call_s3("head_object", Bucket=bucket, Key=key)
+    except FileNotFoundError:  # removed again meanwhile
+        return False
+    return bool(found.get("Metadata", {}).get(_MARK) == mark)
+
+
+def abort_uploads(url: str) -> list[str]:
+    """Abort uploads at or below `url` that were begun and never finished; returns the URLs of the files.
+
+    Their parts take room and are listed nowhere else. Stores that cannot list them give [].
+    """
+    client = filesystem(url)
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    found = [each for each in client.uploads(bucket, key) if f"{each['Key']}/".startswith(f"{key}/")]
+    for each in found:
+        client.abort_mpu(bucket, each["Key"], each["UploadId"])
+    return [f"s3://{bucket}/{each['Key']}" for each in found]
 
 
 @contextlib.contextmanager
@@ -206,6 +263,9 @@ def error_code(error: BaseException | None) -> str:
 
 def _in_plain_words(url: str, done: str, error: Exception, first: bool = False) -> Exception:
     """`first`: on first contact an endpoint that cannot be reached is a wrong endpoint, later a lost one."""
+    tried = ""
+    if isinstance(error, GaveUp) and isinstance(error.__cause__, Exception):
+        tried, error = f" ({error})", error.__cause__
     code, kind = error_code(error), type(error).__name__
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
         return StorageError(f"{url}: the disk is full ({error.strerror}); free some space or write elsewhere")
@@ -215,7 +275,12 @@ def _in_plain_words(url: str, done: str, error: Exception, first: bool = False) 
                 f"{url}: cannot be {done}: {error.strerror}; check the path and its permissions"
             )
         return StorageError(f"{url}: cannot be {done}: {error}") if isinstance(error, OSError) else error
+    where = _where()
     bucket = url.removeprefix("s3://").split("/", 1)[0]
+    if code in FULL or _status(error) == 507:
+        return StorageError(
+            f"{url}: the storage at {_endpoint()} is full ({code}); free some space or write elsewhere"
+        )
     if code == "NoSuchBucket":
         return InputError(
             f"{url}: bucket {bucket!r} does not exist at {_endpoint()}; create it or correct it"
@@ -234,24 +299,53 @@ def _in_plain_words(url: str, done: str, error: Exception, first: bool = False) 
         )
     if isinstance(error, PermissionError) or code in ("403", "AccessDenied"):
         return InputError(f"{url}: these credentials may not have it {done} ({code}); ask for the permission")
-    if kind in ("EndpointConnectionError", "ConnectTimeoutError", "SSLError", "ProxyConnectionError") or (
-        first and kind in ("FSTimeoutError", "ReadTimeoutError", "ConnectionClosedError", "HTTPClientError")
+    if kind == "SSLError":
+        return InputError(
+            f"{url}: the certificate of {_endpoint()} cannot be checked: {error}; "
+            "name its authority's in storage_options.ca_bundle or AWS_CA_BUNDLE"
+        )
+    if kind in ("EndpointConnectionError", "ConnectTimeoutError", "ProxyConnectionError") or (
+        first
+        and kind
+        in (
+            "FSTimeoutError",
+            "TimeoutError",
+            "ReadTimeoutError",
+            "ConnectionClosedError",
+            "HTTPClientError",
+        )
     ):
         fault = InputError if first else StorageError
         return fault(
-            f"{url}: cannot reach the storage at {_endpoint()} ({kind}); "
-            "check AWS_ENDPOINT_URL and the network"
+            f"{url}: cannot reach the storage at {_endpoint()} ({kind}); check {where} and the network{tried}"
         )
     if first and isinstance(error, FileNotFoundError):
-        return InputError(f"{url}: {_endpoint()} does not answer as S3 storage does; check AWS_ENDPOINT_URL")
+        return InputError(f"{url}: {_endpoint()} does not answer as S3 storage does; check {where}")
     if kind == "ValueError" and "endpoint" in str(error).lower():
-        return InputError(f"{url}: AWS_ENDPOINT_URL is not a URL; write it as https://host:port")
-    return StorageError(f"{url}: cannot be {done} at {_endpoint()}: {kind} {error}")
+        return InputError(f"{url}: {where} is not a URL; write it as https://host:port")
+    return StorageError(f"{url}: cannot be {done} at {_endpoint()}: {kind} {error}{tried}")
+
+
+def _status(error: BaseException | None) -> int:
+    """The HTTP status behind an exception of s3fs or botocore, or 0."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):
+            return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+        error = error.__cause__
+    return 0
+
+
+def _where() -> str:
+    """What says which endpoint is used."""
+    return "AWS_ENDPOINT_URL" if _options.endpoint_url is None else "storage_options.endpoint_url"
 
 
 def _endpoint() -> str:
     """The endpoint as a person may read it: without a user name or password."""
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    endpoint = (
+        _options.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    )
     if not endpoint:
         return "AWS S3"
     host = urlsplit(endpoint)

@@ -23,7 +23,11 @@ import pyarrow as pa
 
 from mtlrec import s3
 from mtlrec.job.errors import InputError
+from mtlrec.patience import TALLY
+from mtlrec.patience import limited as limited
 from mtlrec.s3 import StorageError as StorageError
+from mtlrec.s3 import configure as configure
+from mtlrec.s3 import configured as configured
 from mtlrec.s3 import plain_errors
 
 _PART_BYTES = 16 * 2**20
@@ -70,6 +74,12 @@ def make_absolute(url: str, base: str) -> str:
     if scheme == "s3":
         if not rest.strip("/") or rest.startswith("/"):
             raise InputError(f"{url}: this names no bucket; write s3://bucket/folder")
+        if "@" in rest.partition("/")[0]:
+            # Its value is not repeated: it may be a secret.
+            raise InputError(
+                "an s3:// URL with a name or password before its bucket is refused; write s3://bucket/folder "
+                "and give credentials by the AWS environment, its files or a role"
+            )
         return url.rstrip("/")
     raise InputError(f"{url}: {scheme}:// is not supported; use s3://bucket/folder, file:///folder or a path")
 
@@ -174,11 +184,7 @@ def list_folders(url: str) -> list[str]:
     """Names of the folders directly in a folder, sorted; [] where there is none."""
     with plain_errors(url, "listed"):
         if (path := local_path(url)) is None:
-            try:
-                found = s3.filesystem(url).ls(url, detail=True)
-            except FileNotFoundError:
-                return []
-            return sorted(name(each["name"]) for each in found if each["type"] == "directory")
+            return sorted(name(each) for each in s3.filesystem(url).folders(url.removeprefix("s3://")))
         try:
             return sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
         except FileNotFoundError:
@@ -215,14 +221,15 @@ def open_parquet_input(url: str, ranges: Sequence[tuple[int, int]] = (), file_si
     """A seekable Arrow file (close it, or use `with`).
 
     Object storage: the byte `ranges` are fetched at once, side by side, and held; anything else is a request
-    each. `file_size` saves asking for it.
+    each. `file_size` saves asking for it; FileNotFoundError where an object is of another size by now.
     """
     with plain_errors(url, "opened"):
         if (path := local_path(url)) is not None:
             # Not a memory map: a file that is cut short while it is read would kill the process (SIGBUS).
             return pa.OSFile(str(path), "r")
     total = size(url) if file_size is None else file_size
-    parts = read_ranges(url, ranges) if ranges else []
+    with plain_errors(url, "read"):
+        parts = s3.read_ranges(url, ranges, total) if ranges else []
     held = [(start, part) for (start, _), part in zip(ranges, parts, strict=True)]
     return pa.PythonFile(s3.RangeFile(url, total, held), mode="r")
 
@@ -292,8 +299,7 @@ class _Sink(io.BufferedIOBase):
 def create(url: str, data: bytes) -> bool:
     """Write a file, whole, only if there is none: True if it was this call that made it.
 
-    Of several callers one gets True. On object storage a request that was repeated after a lost answer may
-    find its own first try: a caller whose data is unique can tell by reading it back.
+    Of several callers one gets True, also where answers are lost and requests repeated.
     """
     with plain_errors(url, "created"):
         if (path := local_path(url)) is None:
@@ -337,10 +343,29 @@ def remove_tree(url: str) -> None:
     if "/" not in url.removeprefix("s3://").strip("/") if path is None else path == Path("/"):
         raise ValueError(f"{url}: refusing to remove a whole bucket or disk")
     with plain_errors(url, "removed"), contextlib.suppress(FileNotFoundError):
-        if path is None:
-            s3.filesystem(url).rm(url, recursive=True)
-        else:
+        if path is not None:
             shutil.rmtree(path)
+            return
+        # First, as what is being uploaded would appear behind our back.
+        s3.abort_uploads(url)
+        s3.filesystem(url).rm(url, recursive=True)
+
+
+def abort_uploads(url: str) -> list[str]:
+    """Give up what was begun to be written at or below an s3:// URL and never finished; the files' URLs.
+
+    A process that was killed leaves such parts behind. On disk there is nothing to do: []. Not for a folder
+    that somebody may be writing to.
+    """
+    if local_path(url) is not None:
+        return []
+    with plain_errors(url, "removed"):
+        return s3.abort_uploads(url)
+
+
+def take_retries() -> dict[str, int]:
+    """How often this process had to try something again since the last call, by why."""
+    return TALLY.take()
 
 
 def check_writable(url: str) -> None:

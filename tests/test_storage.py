@@ -247,25 +247,6 @@ def test_one_of_many_creators_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert os.listdir(tmp_path) == ["one"]
 
 
-def test_creators_that_meet_try_again(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """S3 answers 409 to one of two conditional requests at once. moto never does, so we say it."""
-    from botocore.exceptions import ClientError
-
-    filesystem = s3.filesystem(bucket)
-    genuine, calls = filesystem.pipe_file, []
-
-    def conflict(*arguments: object, **options: object) -> object:
-        calls.append(arguments)
-        if len(calls) < 3:
-            error = ClientError({"Error": {"Code": "ConditionalRequestConflict"}}, "PutObject")
-            raise OSError(errno.EIO, "conflict") from error
-        return genuine(*arguments, **options)
-
-    monkeypatch.setattr(filesystem, "pipe_file", conflict)
-    assert storage.create(storage.join(bucket, "one"), b"1")
-    assert len(calls) == 3
-
-
 def test_check_writable_leaves_nothing(folder: str) -> None:
     storage.check_writable(folder)
     assert storage.list_files(folder) == []
@@ -274,7 +255,7 @@ def test_check_writable_leaves_nothing(folder: str) -> None:
 def test_a_store_without_conditional_writes_is_refused(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     filesystem = s3.filesystem(bucket)
     genuine = filesystem.pipe_file
-    monkeypatch.setattr(filesystem, "pipe_file", lambda url, data, mode: genuine(url, data))
+    monkeypatch.setattr(filesystem, "pipe_file", lambda url, data, mode, Metadata: genuine(url, data))
     with pytest.raises(InputError, match="conditional writes"):
         storage.check_writable(bucket)
     assert s3.filesystem(bucket).find(bucket) == []
@@ -385,27 +366,6 @@ def test_refused_credentials(bucket: str, monkeypatch: pytest.MonkeyPatch) -> No
             assert_one_line(call, InputError, "refuses the credentials (InvalidAccessKeyId)")
 
     refused()
-
-
-def test_storage_that_goes_away_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    from moto.server import ThreadedMotoServer
-
-    from tests.s3_server import AWS
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    endpoint = "http://{}:{}".format(*server.get_host_and_port())
-    for variable, value in {**AWS, "AWS_ENDPOINT_URL": endpoint}.items():
-        monkeypatch.setenv(variable, value)
-    try:
-        boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket="going-away")
-        storage.write("s3://going-away/file", b"1")
-    finally:
-        server.stop()
-    server_socket = server._server
-    assert server_socket is not None
-    server_socket.server_close()
-    assert_one_line(lambda: storage.read("s3://going-away/file"), StorageError, "s3://going-away/file")
 
 
 def test_disk_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from mtlrec.job.optimizer import OptimizerSection
 from mtlrec.job.run import RunSection
 from mtlrec.job.schema import BinaryTask, IdFeature, IdListFeature, PairwiseTask, SchemaSection
 from mtlrec.job.section import Section
+from mtlrec.job.storage import StorageSection
 
 CPU_TABLE_OPTIMIZERS = ("rowwise_adagrad", "adagrad", "sgd")
 """The fused optimizers that fbgemm has for CPU."""
@@ -82,8 +83,12 @@ class ObjectiveSection(Section):
     """Factor of the mean over rows of the squared norm of the embeddings that a row has looked up."""
 
 
+OUTSIDE_IDENTITY = ("run", "storage_options")
+"""Sections that say how and where, and nothing of what is learnt: they may change on resume."""
+
+
 class Job(Section):
-    """Everything that a run is. Identity is all of it but `run`."""
+    """Everything that a run is. Identity is all of it but OUTSIDE_IDENTITY."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)
     """Names the run's folder."""
@@ -97,6 +102,7 @@ class Job(Section):
     init: None = None
     """The starting point; null: from scratch."""
     run: RunSection = RunSection()
+    storage_options: StorageSection = StorageSection()
 
     @model_validator(mode="after")
     def _negatives_fit(self) -> Job:
@@ -205,10 +211,13 @@ class Job(Section):
         """The resolved job as plain JSON data, every default written out."""
         return self.model_dump(mode="json", by_alias=True)
 
+    def essence(self) -> dict[str, Any]:
+        """`to_dict()` without what is outside a run's identity."""
+        return {key: value for key, value in self.to_dict().items() if key not in OUTSIDE_IDENTITY}
+
     def identity(self) -> str:
-        """Hash of everything but `run`: two jobs with one identity may share a run's checkpoints."""
-        body = {key: value for key, value in self.to_dict().items() if key != "run"}
-        text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+        """Hash of `essence`: two jobs with one identity may share a run's checkpoints."""
+        text = json.dumps(self.essence(), sort_keys=True, separators=(",", ":"))
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
