@@ -5,6 +5,8 @@ TORCH_INDEX ?=
 DEMO ?= demo
 SYNTH ?= --rows 400000 --users 5000 --items 2000 --scenarios 4 --files 16 --seed 1
 UV ?= uv
+# Processes that run tests side by side, each whole files.
+TESTERS ?= 2
 export VENV PYTHON TORCH_INDEX
 
 BIN := $(VENV)/bin
@@ -35,7 +37,7 @@ census: | install  ## the census-income data: DATA=folder with its files
 	$(BIN)/mtlrec train $(DEMO)/census/job.yaml
 
 test: lint type  ## everything that must hold before a change is taken
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder
 
 lint: install-dev  ## style and likely mistakes
 	$(BIN)/ruff check .
