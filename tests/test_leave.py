@@ -8,8 +8,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-# Rank 0 gives up the interpreter to nobody from before the collective's end until it is taken down: the thread
-# of gloo that has done the collective then waits for it to let go of the tensor.
+# Rank 0 gives up the interpreter to nobody from before the collective's end until it is taken down: the
+# thread of gloo that has done the collective then waits for it to let go of the tensor.
 SCRIPT = """
 import os, sys, time
 import torch
