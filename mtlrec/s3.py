@@ -224,17 +224,27 @@ def create_object(url: str, data: bytes) -> bool:
     return bool(found.get("Metadata", {}).get(_MARK) == mark)
 
 
-def abort_uploads(url: str) -> list[str]:
-    """Abort uploads at or below `url` that were begun and never finished; returns the URLs of the files.
+def list_uploads(url: str) -> list[str]:
+    """URLs of the files at or below `url` whose upload was begun and never finished.
 
     Their parts take room and are listed nowhere else. Stores that cannot list them give [].
     """
+    return [found for found, _ in _uploads(url)]
+
+
+def abort_uploads(url: str) -> None:
+    """Give up all that `list_uploads` lists."""
     client = filesystem(url)
+    for found, upload_id in _uploads(url):
+        bucket, _, key = found.removeprefix("s3://").partition("/")
+        client.abort_mpu(bucket, key, upload_id)
+
+
+def _uploads(url: str) -> list[tuple[str, str]]:
+    """(URL of the file, id) of each upload."""
     bucket, _, key = url.removeprefix("s3://").partition("/")
-    found = [each for each in client.uploads(bucket, key) if f"{each['Key']}/".startswith(f"{key}/")]
-    for each in found:
-        client.abort_mpu(bucket, each["Key"], each["UploadId"])
-    return [f"s3://{bucket}/{each['Key']}" for each in found]
+    found = [(each["Key"], each["UploadId"]) for each in filesystem(url).uploads(bucket, key)]
+    return [(f"s3://{bucket}/{name}", id_) for name, id_ in found if f"{name}/".startswith(f"{key}/")]
 
 
 @contextlib.contextmanager

@@ -209,6 +209,27 @@ def read_ranges(url: str, ranges: Sequence[tuple[int | None, int | None]]) -> li
         return s3.read_ranges(url, ranges)
 
 
+def read_into(url: str, spans: Sequence[tuple[int, memoryview]]) -> list[int]:
+    """Fill each buffer (of bytes, writable) with the bytes from its place in one file on; how many there were.
+
+    On disk without memory of its own: fresh memory may take longer than the reading.
+    """
+    if (path := local_path(url)) is None:
+        parts = read_ranges(url, [(start, start + len(buffer)) for start, buffer in spans])
+        for (_, buffer), part in zip(spans, parts, strict=True):
+            buffer[: len(part)] = part
+        return [len(part) for part in parts]
+    counts = []
+    with plain_errors(url, "read"), open(path, "rb", buffering=0) as file:
+        for start, buffer in spans:
+            file.seek(start)
+            done = 0
+            while done < len(buffer) and (count := file.readinto(buffer[done:])):
+                done += count
+            counts.append(done)
+    return counts
+
+
 def read_text(url: str) -> str:
     """A UTF-8 file."""
     try:
@@ -351,16 +372,16 @@ def remove_tree(url: str) -> None:
         s3.filesystem(url).rm(url, recursive=True)
 
 
-def abort_uploads(url: str) -> list[str]:
-    """Give up what was begun to be written at or below an s3:// URL and never finished; the files' URLs.
+def list_uploads(url: str) -> list[str]:
+    """Files at or below an s3:// URL whose writing began and never ended, sorted; [] on disk.
 
-    A process that was killed leaves such parts behind. On disk there is nothing to do: []. Not for a folder
-    that somebody may be writing to.
+    A process that was killed leaves their parts behind, which `list_files` does not see. `remove_tree` of a
+    folder removes those in it.
     """
     if local_path(url) is not None:
         return []
-    with plain_errors(url, "removed"):
-        return s3.abort_uploads(url)
+    with plain_errors(url, "listed"):
+        return sorted(s3.list_uploads(url))
 
 
 def take_retries() -> dict[str, int]:

@@ -161,7 +161,11 @@ def sweep(run_url: str, attempt: int) -> list[str]:
 
     A folder of the same or a later attempt may be one that is being written, and stays.
     """
-    left = [found.url for found in _folders(run_url) if found.attempt < attempt and not _is_complete(found)]
+    # Of a writer that was killed on object storage there may be parts alone, which no folder shows.
+    parent = storage.join(run_url, CHECKPOINTS)
+    names = {url.removeprefix(f"{parent}/").split("/", 1)[0] for url in storage.list_uploads(parent)}
+    found = {*_folders(run_url), *(each for name in names if (each := _named(parent, name)))}
+    left = [each.url for each in sorted(found) if each.attempt < attempt and not _is_complete(each)]
     for url in left:
         discard(url)
     return left

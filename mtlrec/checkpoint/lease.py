@@ -120,7 +120,8 @@ class Lease:
                 self._renew()
 
     def _renew(self) -> None:
-        with self._renewing:
+        # Whoever waits for this must not wait much longer than the lease lasts.
+        with self._renewing, storage.limited(RENEW_S):
             if storage.exists(_attempt_url(self._run_url, self.attempt + 1)):
                 self._lost = "another driver has taken the run over"
             elif not storage.exists(_attempt_url(self._run_url, self.attempt)):

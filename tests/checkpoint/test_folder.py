@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 
 from mtlrec import storage
@@ -74,6 +76,20 @@ def test_sweep_takes_what_earlier_attempts_left_unfinished_and_nothing_else(run:
     assert all(storage.exists(url) for url in [*kept, strange])
     assert not any(storage.exists(url) for url in swept)
     assert folder.sweep(run, 3) == []
+
+
+def test_sweep_takes_parts_of_files_that_were_never_finished(bucket: str) -> None:
+    """A writer that is killed in its first large file leaves nothing else on object storage."""
+    run, name = storage.join(bucket, "runs/run"), bucket.removeprefix("s3://")
+    whole = complete(run, 10, 1)
+    client = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+    dead, live = checkpoint_url(run, 20, 1), checkpoint_url(run, 20, 2)
+    for url in (dead, live, whole):
+        key = storage.join(url, "dense.safetensors").removeprefix(f"s3://{name}/")
+        client.create_multipart_upload(Bucket=name, Key=key)
+    assert folder.sweep(run, 2) == [dead]
+    assert [storage.parent(url) for url in storage.list_uploads(run)] == [whole, live]
+    assert [each.url for each in folder.list_checkpoints(run)] == [whole]
 
 
 def test_retain_keeps_the_last_the_best_and_what_is_protected(run: str) -> None:
