@@ -126,8 +126,8 @@ def try_fault(trainer: Any, schema: Any, batch: Any, totals: Any, fault: str) ->
     from mtlrec.safety import Guard, Skipped
 
     shard = Shard("part-0.parquet", "", 0, (50, 46), "")
-    groups = [np.array(values) for values in ([0, 0], [0, 1], [50, 46], [0, 50])]
-    dataset = Dataset("", (shard,), *groups, rows=96, fingerprint="", types={})
+    of_shard, index, rows, start = (np.array(values) for values in ([0, 0], [0, 1], [50, 46], [0, 50]))
+    dataset = Dataset("", (shard,), of_shard, index, rows, start, 96, "", {})
     step, before = trainer.step, batch.position
     with faulty(trainer, batch, fault) as spoilt:
         held = {key: value.detach().clone() for key, value in contents(trainer).items()}
