@@ -129,19 +129,20 @@ class Saver:
             "forked_from": self._run.forked_from,
         }
         blocks, dense = list(local_blocks(trainer.model)), trainer.dense_tensors()
-        is_async = feed.job.run.checkpoint.mode == "async"
-        copied = self._snapshot.take(blocks, dense) if is_async and not last else (blocks, dense)
+        goes_on = feed.job.run.checkpoint.mode == "async" and not last
+        written, rest = self._snapshot.take(blocks, dense) if goes_on else (blocks, dense)
         self._saving = Saving(
             url,
-            *copied,
+            written,
+            rest,
             meta,
             self._world,
             feed.vocabularies,
             beside=self._journal.take(),
             after=self._tidy,
-            threads=THREADS if is_async and not last else parts.THREADS,
+            threads=THREADS if goes_on else parts.THREADS,
         )
-        if not is_async:
+        if feed.job.run.checkpoint.mode == "sync":
             self.drain()
         return url
 

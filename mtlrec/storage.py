@@ -210,7 +210,7 @@ def read_ranges(url: str, ranges: Sequence[tuple[int | None, int | None]]) -> li
 
 
 def read_into(url: str, spans: Sequence[tuple[int, memoryview]]) -> list[int]:
-    """Fill each buffer (of bytes, writable) with the bytes from its place in one file on; how many there were.
+    """Fill each buffer, of bytes, from its place in one file on; how many bytes there were for each.
 
     On disk without memory of its own: fresh memory may take longer than the reading.
     """

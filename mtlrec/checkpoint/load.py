@@ -10,8 +10,8 @@ import torch
 from mtlrec import watchdog
 from mtlrec.checkpoint import ranges
 from mtlrec.checkpoint.manifest import WEIGHTS, Block, Manifest, TableEntry
-from mtlrec.checkpoint.ranges import in_threads, pieces, read_rows, read_whole
-from mtlrec.checkpoint.tensors import TableBlock, dtype_name, from_bytes, tensors_of
+from mtlrec.checkpoint.ranges import in_threads, pieces, read_rows_into, read_whole
+from mtlrec.checkpoint.tensors import TableBlock, dtype_name, from_bytes, tensors_of, to_bytes
 from mtlrec.job.errors import InputError
 
 _CURE = "use the job that it was trained by"
@@ -101,21 +101,33 @@ def _overlap(target: TableBlock, source: Block, names: tuple[str, ...]) -> Itera
 @torch.no_grad()
 def _load_piece(url: str, piece: _Piece) -> None:
     target, source, names, begin, end = piece
-    parts = read_rows(url, source, names, begin, end)
     targets = tensors_of(target)
-    # What was read starts and ends with a chunk, and may reach beyond the target's rows.
+    # What is read starts and ends with a chunk, and may reach beyond the target's rows.
     first = max(target.row, source.row + begin)
     last = min(target.row + target.rows, source.row + end)
     left = max(target.column, source.column)
     right = min(target.column + target.columns, source.column + source.columns)
+    places, copies = {}, []
     for name in names:
         entry = source.tensors[name]
-        skip = first - source.row - begin
-        wanted = bytearray(parts[name][skip * entry.row_bytes : (skip + last - first) * entry.row_bytes])
-        values = from_bytes(wanted, entry.dtype, [last - first, *entry.shape[1:]])
-        rows = slice(first - target.row, last - target.row)
-        if values.dim() == 1:
-            targets[name][rows].copy_(values)
-        else:
-            columns = slice(left - target.column, right - target.column)
-            targets[name][rows, columns].copy_(values[:, left - source.column : right - source.column])
+        room = targets[name][first - target.row : last - target.row]
+        if room.dim() == 2:
+            room = room[:, left - target.column : right - target.column]
+        if list(room.shape) == [end - begin, *entry.shape[1:]] and _is_plain(room, entry.dtype):
+            places[name] = to_bytes(room)
+            continue
+        data = bytearray((end - begin) * entry.row_bytes)
+        values = from_bytes(data, entry.dtype, [end - begin, *entry.shape[1:]])
+        values = values[first - source.row - begin : last - source.row - begin]
+        if values.dim() == 2:
+            values = values[:, left - source.column : right - source.column]
+        places[name] = memoryview(data)
+        copies.append((room, values))
+    read_rows_into(url, source, places, begin, end)
+    for room, values in copies:
+        room.copy_(values)
+
+
+def _is_plain(room: torch.Tensor, dtype: str) -> bool:
+    """Its bytes in memory are those of the file: they can be read into place."""
+    return room.device.type == "cpu" and room.is_contiguous() and dtype_name(room) == dtype

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -48,12 +48,25 @@ def read_rows(
 
     url: the checkpoint's folder. Raises InputError where the file is missing, too short or damaged.
     """
-    entries = [file.tensors[name] for name in names]
-    spans = [(each.offset + begin * each.row_bytes, each.offset + end * each.row_bytes) for each in entries]
-    parts = dict(zip(names, _read(url, file, spans), strict=True))
-    for name, part in parts.items():
-        _check_chunks(url, file, name, begin, end, part)
+    size = end - begin
+    parts = {name: memoryview(bytearray(size * file.tensors[name].row_bytes)) for name in names}
+    read_rows_into(url, file, parts, begin, end)
     return parts
+
+
+def read_rows_into(url: str, file: FileEntry, places: Mapping[str, memoryview], begin: int, end: int) -> None:
+    """Read rows [begin, end), cut at chunk borders, of tensors in one file into `places`, by name, and check.
+
+    Where it raises, as `read_rows` does, the places may hold anything.
+    """
+    entries = [file.tensors[name] for name in places]
+    spans = [
+        (entry.offset + begin * entry.row_bytes, place)
+        for entry, place in zip(entries, places.values(), strict=True)
+    ]
+    _read(url, file, spans)
+    for name, place in places.items():
+        _check_chunks(url, file, name, begin, end, place)
 
 
 def read_whole(url: str, file: FileEntry, name: str) -> bytearray:
@@ -61,8 +74,8 @@ def read_whole(url: str, file: FileEntry, name: str) -> bytearray:
     entry = file.tensors[name]
     whole = bytearray(entry.bytes)
     for begin, end in pieces([entry], 0, entry.rows):
-        part = read_rows(url, file, [name], begin, end)[name]
-        whole[begin * entry.row_bytes : end * entry.row_bytes] = part
+        place = memoryview(whole)[begin * entry.row_bytes : end * entry.row_bytes]
+        read_rows_into(url, file, {name: place}, begin, end)
     return whole
 
 
@@ -91,7 +104,8 @@ def _num_bytes_read(url: str, file: FileEntry, name: str, begin: int, end: int) 
 
 
 def _verify_header(url: str, file: FileEntry) -> int:
-    (head,) = _read(url, file, [(0, file.header_bytes)])
+    head = memoryview(bytearray(file.header_bytes))
+    _read(url, file, [(0, head)])
     if checksum(head) != file.header_checksum:
         raise broken(url, file.file, "damaged: its header does not match its checksum")
     try:
@@ -107,15 +121,14 @@ def _verify_header(url: str, file: FileEntry) -> int:
     return len(head)
 
 
-def _read(url: str, file: FileEntry, spans: list[tuple[int, int]]) -> list[memoryview]:
+def _read(url: str, file: FileEntry, spans: list[tuple[int, memoryview]]) -> None:
     try:
-        parts = storage.read_ranges(storage.join(url, file.file), spans)
+        counts = storage.read_into(storage.join(url, file.file), spans)
     except FileNotFoundError:
         raise broken(url, file.file, "the file is missing") from None
-    for (start, end), part in zip(spans, parts, strict=True):
-        if len(part) != end - start:
-            raise broken(url, file.file, f"truncated: it ends at byte {start + len(part):,} of {file.size:,}")
-    return [memoryview(part) for part in parts]
+    for (start, place), count in zip(spans, counts, strict=True):
+        if count != len(place):
+            raise broken(url, file.file, f"truncated: it ends at byte {start + count:,} of {file.size:,}")
 
 
 def _check_chunks(url: str, file: FileEntry, name: str, begin: int, end: int, part: memoryview) -> None:

@@ -363,13 +363,18 @@ def test_nothing_is_read_of_a_checkpoint_that_lies(
 ) -> None:
     """Nor is memory taken: no byte of any file but the manifest is asked for."""
     asked: list[str] = []
-    original = storage.read_ranges
 
-    def recorded(url: str, *rest: Any) -> Any:
-        asked.append(storage.name(url))
-        return original(url, *rest)
+    def record(name: str) -> None:
+        original = getattr(storage, name)
 
-    monkeypatch.setattr(storage, "read_ranges", recorded)
+        def recorded(url: str, *rest: Any) -> Any:
+            asked.append(storage.name(url))
+            return original(url, *rest)
+
+        monkeypatch.setattr(storage, name, recorded)
+
+    record("read_ranges")
+    record("read_into")
     rewrite(run[1], widen)
     refusal(lambda: use(run[1]))
     assert set(asked) <= {"manifest.json"}

@@ -139,13 +139,13 @@ def test_a_rank_reads_only_the_chunks_of_its_rows(tmp_path: Path, monkeypatch: p
     url = str(tmp_path / "saved")
     manifest = save_ranks(url, [cut(table)], [table])
     asked: list[tuple[str, int, int]] = []
-    read_ranges = storage.read_ranges
+    read_into = storage.read_into
 
-    def recorded(url: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
-        asked.extend((storage.name(url), *span) for span in spans)
-        return read_ranges(url, spans)
+    def recorded(url: str, spans: Sequence[tuple[int, memoryview]]) -> list[int]:
+        asked.extend((storage.name(url), start, start + len(room)) for start, room in spans)
+        return read_into(url, spans)
 
-    monkeypatch.setattr(storage, "read_ranges", recorded)
+    monkeypatch.setattr(storage, "read_into", recorded)
     read = blank(table)
     load_tables(url, manifest, cut(read, [70_000, 70_010])[1:2])
     # Row 70,000 is row 4,464 of the second file: its second chunk, 4,096 to 8,192.
