@@ -16,7 +16,7 @@ from mtlrec.checkpoint.lease import Lease
 from mtlrec.checkpoint.manifest import Manifest, read_manifest
 from mtlrec.data import label_statistics, statistics
 from mtlrec.data.overview import overview
-from mtlrec.data.quarantine import good_rows, open_dataset
+from mtlrec.data.quarantine import good_rows, open_dataset, unreadable_files
 from mtlrec.data.shards import Dataset
 from mtlrec.job.changes import changes
 from mtlrec.job.errors import InputError
@@ -128,6 +128,9 @@ def open_run(
             lease.release()
             return result
         show({"kind": "data", "role": "train", **overview(good_rows(train, schema, tolerance), schema)})
+        for lost in (unreadable_files(each) for each in (train, held_out) if each is not None):
+            if lost:
+                show({"kind": "log", "text": lost})
         if held_out is not None:
             show({"kind": "log", "text": f"eval: {held_out.rows:,} rows in {len(held_out.shards):,} shards"})
         if newest is not None:

@@ -44,7 +44,7 @@ def compare(arguments: argparse.Namespace) -> int:
     setting = Setting(
         out=out,
         data=data,
-        fingerprint=Dataset.open(data, ()).fingerprint if data is not None else None,
+        fingerprint=_fingerprint(grid, data) if data is not None else None,
         workers=None if arguments.workers is None else grid.cells[0].job.run.fewest_workers,
         address=arguments.address,
         parallel=arguments.parallel,
@@ -55,6 +55,11 @@ def compare(arguments: argparse.Namespace) -> int:
     else:
         print_text(markdown(found, arguments.scenarios))
     return _exit_code(grid, outcomes)
+
+
+def _fingerprint(grid: Grid, data: str) -> str:
+    skips = any(cell.job.data.tolerance is not None for cell in grid.cells)
+    return Dataset.open(data, (), skip_unreadable=skips).fingerprint
 
 
 def train_seeds(arguments: argparse.Namespace, overrides: list[str]) -> int:

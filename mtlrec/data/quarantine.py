@@ -212,4 +212,15 @@ def recorded(folder: str) -> Counts:
 
 def told(counts: Counts) -> str:
     """The counts in words."""
-    return f"{counts['rows']:,} bad rows in {counts['row_groups']:,} row groups, {counts['files']:,} files"
+    words = (("rows", "bad row"), ("row_groups", "row group"), ("files", "file"))
+    rows, groups, files = (f"{counts[key]:,} {word}{'s'[: counts[key] != 1]}" for key, word in words)
+    return f"{rows} in {groups}, {files}"
+
+
+def unreadable_files(dataset: Dataset) -> str:
+    """The files that were left out, in words; "" where there are none."""
+    lost = [shard for shard in dataset.shards if shard.problem]
+    if not lost:
+        return ""
+    first = f"{lost[0].path}: {lost[0].problem}"
+    return f"{dataset.url}: {len(lost):,} of {len(dataset.shards):,} files cannot be read: {first}"

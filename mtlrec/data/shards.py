@@ -192,6 +192,13 @@ class Dataset:
         where it is corrupt, InputError where the file has changed or is gone, and naming the column where it
         has none of that name.
         """
+        try:
+            return self._read_group(group, columns)
+        except Unreadable:
+            # What a bad line or bad memory has spoilt is whole the second time.
+            return self._read_group(group, columns)
+
+    def _read_group(self, group: int, columns: Sequence[str]) -> pa.Table:
         number, index = int(self.group_shard[group]), int(self.group_index[group])
         shard = self.shards[number]
         try:
@@ -283,6 +290,9 @@ def _read_footer(file: storage.File) -> tuple[pq.FileMetaData, str]:
 
 
 def _try_footer(file: storage.File) -> tuple[pq.FileMetaData, str] | Unreadable:
+    # Twice, as with row groups.
+    with contextlib.suppress(Unreadable):
+        return _read_footer(file)
     try:
         return _read_footer(file)
     except Unreadable as error:
