@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from mtlrec.checkpoint.folder import checkpoint_url, latest
+from mtlrec import storage
+from mtlrec.checkpoint.folder import checkpoint_url, discard, latest, list_checkpoints
+from mtlrec.checkpoint.manifest import read_manifest
 from mtlrec.data.shards import Dataset
 from mtlrec.job.job import job_from_dict
 from mtlrec.schema import build_schema
 from tests.distributed.processes import Results, run_processes
 from tests.small_data import small_job, write_small_data
+
+pytest_plugins = ["tests.s3_server"]
 
 HERE = "tests.distributed.test_training"
 
@@ -59,9 +66,9 @@ def recorded_rows(run_dir: str) -> list[list[int]]:
     Where a step was trained again after a crash, as the last attempt did it.
     """
     by_step: dict[int, dict[str, dict[int, list[int]]]] = {}
-    for file in Path(run_dir, "rows").iterdir():
-        attempt, first, rank = file.stem.split("-")
-        for offset, rows in enumerate(np.load(file)):
+    for file in storage.list_files(storage.join(run_dir, "rows")):
+        attempt, first, rank = file.path.removesuffix(".npy").split("-")
+        for offset, rows in enumerate(np.load(io.BytesIO(storage.read(file.url)), allow_pickle=False)):
             ranks = by_step.setdefault(int(first) + offset, {}).setdefault(attempt, {})
             ranks[int(rank[1:])] = rows[rows >= 0].tolist()
     last = [attempts[max(attempts)] for _, attempts in sorted(by_step.items())]
@@ -78,22 +85,51 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 PLANS = ("row_wise", "table_wise", "data_parallel", "auto")
 
 
+CHAINS: dict[str, tuple[str, list[tuple[int, Any]]]] = {
+    "chain": (
+        "rowwise_adagrad",
+        [
+            (2, "row_wise"),
+            (1, "data_parallel"),
+            (3, "table_wise"),
+            (2, {"user_id": "row_wise", "item_id": "table_wise", "hour": "data_parallel"}),
+        ],
+    ),
+    "adagrad-chain": (
+        "adagrad",
+        [
+            (2, "column_wise"),
+            (1, "data_parallel"),
+            (3, "column_wise"),
+            (2, {"user_id": "column_wise", "item_id": "row_wise", "hour": "data_parallel"}),
+        ],
+    ),
+}
+"""Runs that go on every ten steps with other workers under another plan: optimizer, (workers, plan) each."""
+SAVED = {(mode, place): f"{mode}-{place}" for mode in ("async", "sync") for place in ("disk", "s3")}
+"""Runs that are cut off at step 30, and go on from the checkpoint that they saved on the way, at 20."""
+
+
 class Session:
     """All runs of this file: few groups of processes, as each process imports for seconds.
 
-    Two workers train every plan, and 40 steps straight beside three runs that stop after 20. Then one, three
-    and again two workers go on with those and train every plan; all predict from one checkpoint.
+    Two workers train every plan, and 40 steps straight beside runs that end before. Then one, three and again
+    two workers go on with those and train every plan; all predict from one checkpoint.
     """
 
-    def __init__(self, data: Path, folder: Path) -> None:
-        self.data, self.folder = data, folder
+    def __init__(self, data: Path, folder: Path, bucket: str) -> None:
+        self.data, self.folder, self.bucket = data, folder, bucket
         self.trained: dict[tuple[int, str], dict[str, Any]] = {}
-        """(workers, plan or run) -> the result, with its `losses`."""
-        straight = [self._part("straight", 40), *(self._part(f"to{workers}", 20) for workers in (1, 2, 3))]
-        self._run("two", 2, [*self._plans(2), *straight], "row_wise")
-        self._run("one", 1, [*self._plans(1), self._part("to1", 40)], None)
-        self._run("three", 3, [*self._plans(3), self._part("to3", 40)], None)
-        self._run("two again", 2, [self._part("to2", 40)], None)
+        """(workers, plan or run and its last step) -> the result, with its `losses`."""
+        first = [self._saved(*each, 30) for each in SAVED]
+        straight = self._call("straight", "straight-40", 40, "row_wise", "rowwise_adagrad")
+        self._run("two", 2, [*self._plans(2), straight, *first, *self._links(0)], "row_wise")
+        for mode, place in SAVED:
+            # As if killed behind step 20: its checkpoint was written while the next steps were trained.
+            discard(self.trained[2, f"{mode}-{place}-30"]["checkpoint"])
+        self._run("one", 1, [*self._plans(1), *self._links(1)], None)
+        self._run("three", 3, [*self._plans(3), *self._links(2)], None)
+        self._run("two again", 2, [*(self._saved(*each, 40) for each in SAVED), *self._links(3)], None)
 
     def _plans(self, workers: int) -> list[tuple[str, dict[str, Any]]]:
         kinds = [
@@ -104,14 +140,34 @@ class Session:
             kinds.append(("adagrad", "adagrad", "table_wise"))
         return [self._call(f"w{workers}-{name}", name, 50, plan, kind) for name, kind, plan in kinds]
 
-    def _part(self, name: str, steps: int) -> tuple[str, dict[str, Any]]:
-        return self._call(name, name if steps == 20 else f"{name}-40", steps, "row_wise", "rowwise_adagrad")
+    def _saved(self, mode: str, place: str, steps: int) -> tuple[str, dict[str, Any]]:
+        name = SAVED[mode, place]
+        checkpoint = {"every_steps": 20, "mode": mode, "keep_last": 9}
+        runs = f"{self.bucket}/runs" if place == "s3" else None
+        return self._call(
+            name, f"{name}-{steps}", steps, "row_wise", "rowwise_adagrad", runs, checkpoint=checkpoint
+        )
+
+    def _links(self, number: int) -> list[tuple[str, dict[str, Any]]]:
+        steps = 10 * (number + 1)
+        return [
+            self._call(name, f"{name}-{steps}", steps, links[number][1], optimizer)
+            for name, (optimizer, links) in CHAINS.items()
+        ]
 
     def _call(
-        self, name: str, label: str, steps: int, plan: str, optimizer: str
+        self,
+        name: str,
+        label: str,
+        steps: int,
+        plan: Any,
+        optimizer: str,
+        runs: str | None = None,
+        **changes: Any,
     ) -> tuple[str, dict[str, Any]]:
-        job = small_job(self.data, self.folder / "runs", name, run__sharding=plan)
-        job["run"] |= {"max_steps": steps, "record_rows": True}
+        job = small_job(self.data, Path("."), name, run__sharding=plan)
+        job["run"] |= {"storage": runs or str(self.folder / "runs"), "max_steps": steps}
+        job["run"] |= {"record_rows": True, **changes}
         # Adagrad's first steps have the size of lr whatever that of the gradient: of one that is nearly zero
         # the order of float sums decides the sign. A larger eps leaves such weights where they are.
         job["optimizer"]["tables"] = {"kind": optimizer, "eps": 1e-4 if optimizer == "adagrad" else 1e-8}
@@ -140,8 +196,14 @@ class Session:
 
 
 @pytest.fixture(scope="module")
-def session(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Session:
-    return Session(data, tmp_path_factory.mktemp("session"))
+def session(data: Path, tmp_path_factory: pytest.TempPathFactory, s3_endpoint: str) -> Iterator[Session]:
+    from tests.s3_server import AWS
+
+    with pytest.MonkeyPatch.context() as patch:
+        for variable, value in {**AWS, "AWS_ENDPOINT_URL": s3_endpoint}.items():
+            patch.setenv(variable, value)
+        boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket="test-training")
+        yield Session(data, tmp_path_factory.mktemp("session"), "s3://test-training")
 
 
 @pytest.mark.parametrize("plan", [*PLANS, "column_wise"])
@@ -195,20 +257,57 @@ def test_predictions_of_one_checkpoint_do_not_depend_on_workers(session: Session
             np.testing.assert_allclose(table[task], found["one"][task], atol=1e-6, rtol=0)
 
 
-def test_a_resume_goes_on_to_the_bit_on_the_same_workers_and_closely_on_others(session: Session) -> None:
-    straight = session.trained[2, "straight-40"]
-    assert straight["losses"].shape == (40, 2)
-    for workers in (1, 2, 3):
-        first, second = session.trained[2, f"to{workers}"], session.trained[workers, f"to{workers}-40"]
-        losses = np.concatenate([first["losses"], second["losses"]])
-        np.testing.assert_allclose(losses, straight["losses"], rtol=0 if workers == 2 else 1e-4)
-        assert recorded_rows(second["run_dir"]) == recorded_rows(straight["run_dir"])
-    assert checkpoint_bytes(session.trained[2, "to2-40"]) == checkpoint_bytes(straight)
+@pytest.mark.parametrize(("mode", "place"), SAVED)
+def test_20_steps_and_20_more_are_40_to_the_bit(session: Session, mode: str, place: str) -> None:
+    """From a checkpoint that was saved while training went on, in both modes, on disk and on S3."""
+    straight, name = session.trained[2, "straight-40"], SAVED[mode, place]
+    cut_off, rest = session.trained[2, f"{name}-30"], session.trained[2, f"{name}-40"]
+    assert straight["losses"].shape == (40, 2) and rest["losses"].shape == (20, 2), "resumed at step 20"
+    np.testing.assert_array_equal(cut_off["losses"], straight["losses"][:30])
+    np.testing.assert_array_equal(rest["losses"], straight["losses"][20:])
+    assert checkpoint_bytes(rest) == checkpoint_bytes(straight)
+    assert recorded_rows(rest["run_dir"]) == recorded_rows(straight["run_dir"])
+
+
+def test_what_is_saved_beside_training_is_of_its_step(session: Session) -> None:
+    """In async mode the tables go on changing while their copy is written."""
+    for place in ("disk", "s3"):
+        saved = {
+            mode: [each.url for each in list_checkpoints(session.trained[2, f"{mode}-{place}-40"]["run_dir"])]
+            for mode in ("async", "sync")
+        }
+        assert [storage.name(url)[:17] for url in saved["async"]] == [
+            "step-000000000020",
+            "step-000000000040",
+        ]
+        for one, other in zip(saved["async"], saved["sync"], strict=True):
+            assert tensor_files(one) == tensor_files(other)
+            metas = [read_manifest(url).meta for url in (one, other)]
+            assert metas[0]["position"] == metas[1]["position"] and metas[0]["step"] == metas[1]["step"]
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_run_goes_on_with_any_workers_under_any_plan(session: Session, name: str) -> None:
+    """2 -> 1 -> 3 -> 2 workers, each under another plan, is the run that was never interrupted."""
+    optimizer, links = CHAINS[name]
+    reference = session.trained[1, "row_wise" if optimizer == "rowwise_adagrad" else "adagrad"]
+    parts = [session.trained[workers, f"{name}-{10 * n}"] for n, (workers, _) in enumerate(links, 1)]
+    assert [len(part["losses"]) for part in parts] == [10] * 4
+    losses = np.concatenate([part["losses"] for part in parts])
+    np.testing.assert_allclose(losses, reference["losses"][:40], rtol=1e-4)
+    rows = recorded_rows(parts[-1]["run_dir"])
+    assert rows == recorded_rows(reference["run_dir"])[:40]
+    epoch = [row for step in rows[: -(-1500 // 48)] for row in step]
+    assert sorted(epoch) == list(range(1500)), "every row once"
 
 
 def checkpoint_bytes(result: dict[str, Any]) -> dict[str, bytes]:
     """Every tensor file of the run's last checkpoint."""
     newest = latest(result["run_dir"])
     assert newest is not None and newest.url == result["checkpoint"]
-    root = Path(newest.url)
-    return {str(file.relative_to(root)): file.read_bytes() for file in sorted(root.rglob("*.safetensors"))}
+    return tensor_files(newest.url)
+
+
+def tensor_files(url: str) -> dict[str, bytes]:
+    """Every tensor file of a checkpoint, by name."""
+    return {file.path: storage.read(file.url) for file in storage.list_files(url, ".safetensors")}
