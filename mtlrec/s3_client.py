@@ -18,6 +18,7 @@ from botocore.exceptions import (
     ClientError,
     ConnectionClosedError,
     CredentialRetrievalError,
+    FlexibleChecksumError,
     HTTPClientError,
     IncompleteReadError,
     SSLError,
@@ -260,7 +261,7 @@ def _why_again(error: Exception) -> str | None:
         return "cut short" if "ContentSHA256Mismatch" in code else None
     if isinstance(error, SSLError):
         return None
-    if isinstance(error, Shortened | IncompleteReadError | ResponseParserError):
+    if isinstance(error, Shortened | FlexibleChecksumError | IncompleteReadError | ResponseParserError):
         return "cut short"
     if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:
         return "no answer"
@@ -269,6 +270,7 @@ def _why_again(error: Exception) -> str | None:
         ConnectionClosedError,
         HTTPClientError,
         CredentialRetrievalError,
+        FlexibleChecksumError,
         ConnectionError,
     )
     if isinstance(error, lost):
