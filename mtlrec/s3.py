@@ -143,35 +143,43 @@ def _meet(filesystem: Any, url: str, bucket: str) -> None:
 
 
 def read_ranges(
-    url: str, ranges: Sequence[tuple[int | None, int | None]], total: int | None = None
+    url: str,
+    ranges: Sequence[tuple[int | None, int | None]],
+    total: int | None = None,
+    version: str = "",
 ) -> list[bytes]:
     """Byte ranges [start, end) of one object, side by side; fewer bytes where the object ends before.
 
-    total: bytes that the object should have. Raises FileNotFoundError where it is of another size by now.
+    total, version: bytes and ETag that the object should have, where given. Raises FileNotFoundError where it
+    is another by now.
     """
     wanted = [(start or 0, end) for start, end in ranges]
     asked = [(start, end) for start, end in wanted if end is None or end > start]
     if not asked:
         return [b"" for _ in wanted]
     try:
-        found = dict(zip(asked, filesystem(url).ranges(url, asked), strict=True))
+        # A weak ETag matches nothing.
+        version = "" if version.startswith("W/") else version
+        found = dict(zip(asked, filesystem(url).ranges(url, asked, version), strict=True))
     except OSError as error:
+        if version and error_code(error) == "PreconditionFailed":
+            raise FileNotFoundError(f"{url}: it is another object by now") from None
         if error_code(error) != "InvalidRange":
             raise
         # One begins at the object's end, or behind it.
         if len(asked) == 1:
             return [b"" for _ in wanted]
-        return [read_ranges(url, [each], total)[0] for each in wanted]
+        return [read_ranges(url, [each], total, version)[0] for each in wanted]
     if total is not None and any(size != total for _, size in found.values()):
-        raise FileNotFoundError(f"{url}: it is not of {total:,} bytes any more")
+        raise FileNotFoundError(f"{url}: it is another object by now, not of {total:,} bytes")
     return [found[each][0] if each in found else b"" for each in wanted]
 
 
 class RangeFile:
     """Just enough of a file for Arrow, over ranged reads."""
 
-    def __init__(self, url: str, total: int, held: list[tuple[int, bytes]]) -> None:
-        self._url, self._size, self._held = url, total, held
+    def __init__(self, url: str, total: int, held: list[tuple[int, bytes]], version: str = "") -> None:
+        self._url, self._size, self._held, self._version = url, total, held, version
         self._at = 0
         self.closed = False
 
@@ -182,7 +190,7 @@ class RangeFile:
             if first <= start and end <= first + len(part):
                 return memoryview(part)[start - first : end - first]
         with plain_errors(self._url, "read"):
-            return read_ranges(self._url, [(start, end)], self._size)[0]
+            return read_ranges(self._url, [(start, end)], self._size, self._version)[0]
 
     def seek(self, offset: int, whence: int = 0) -> int:
         self._at = offset + (0, self._at, self._size)[whence]

@@ -185,9 +185,11 @@ class PatientS3(S3FileSystem):
 
     folders = sync_wrapper(_folders)
 
-    async def _ranges(self, path: str, ranges: list[tuple[int, int | None]]) -> list[tuple[bytes, int]]:
-        """Each range [start, end) of one object, and the object's size; b"" behind its end."""
-        tasks = [asyncio.ensure_future(self._range(path, start, end)) for start, end in ranges]
+    async def _ranges(
+        self, path: str, ranges: list[tuple[int, int | None]], version: str
+    ) -> list[tuple[bytes, int]]:
+        """Each range [start, end) of one object, and the object's size. version: its ETag, or ""."""
+        tasks = [asyncio.ensure_future(self._range(path, start, end, version)) for start, end in ranges]
         try:
             return list(await asyncio.gather(*tasks))
         finally:
@@ -196,11 +198,12 @@ class PatientS3(S3FileSystem):
 
     ranges = sync_wrapper(_ranges)
 
-    async def _range(self, path: str, start: int, end: int | None) -> tuple[bytes, int]:
+    async def _range(self, path: str, start: int, end: int | None, version: str) -> tuple[bytes, int]:
         bucket, key, _ = self.split_path(path)
         wanted = (
             {} if not start and end is None else {"Range": f"bytes={start}-{'' if end is None else end - 1}"}
         )
+        wanted |= {"IfMatch": version} if version else {}
         found = await self._call_s3("get_object", Bucket=bucket, Key=key, **wanted)
         data: bytes = found["Body"].getvalue()
         total = found.get("ContentRange", "").rpartition("/")[2]

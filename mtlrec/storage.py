@@ -44,6 +44,8 @@ class File:
     url: str
     size: int
     """Bytes."""
+    version: str = ""
+    """On object storage: another one whenever the file is another (its ETag); "" on disk."""
 
 
 # Names
@@ -149,19 +151,19 @@ def list_files(url: str, suffix: str = "") -> list[File]:
         if (path := local_path(url)) is None:
             root = url.removeprefix("s3://")
             found = [
-                (key[len(root) + 1 :] or name(key), "s3://" + key, info["size"])
+                (key[len(root) + 1 :] or name(key), "s3://" + key, info["size"], info.get("ETag", ""))
                 for key, info in s3.filesystem(url).find(url, detail=True).items()
                 if info["type"] == "file" and not key.endswith("/")
             ]
         elif path.is_file():
-            found = [(path.name, str(path), path.stat().st_size)]
+            found = [(path.name, str(path), path.stat().st_size, "")]
         else:
             found = list(_walk(path))
     files = (File(*each) for each in found if not name(each[0]).startswith("."))
     return sorted((file for file in files if file.path.endswith(suffix)), key=lambda file: file.path)
 
 
-def _walk(root: Path) -> Iterator[tuple[str, str, int]]:
+def _walk(root: Path) -> Iterator[tuple[str, str, int, str]]:
     seen: set[str] = set()
 
     def refuse(error: OSError) -> None:
@@ -177,7 +179,7 @@ def _walk(root: Path) -> Iterator[tuple[str, str, int]]:
         for file in files:
             path = os.path.join(folder, file)
             with contextlib.suppress(FileNotFoundError):  # removed meanwhile, or a dangling link
-                yield os.path.relpath(path, root), path, os.stat(path).st_size
+                yield os.path.relpath(path, root), path, os.stat(path).st_size, ""
 
 
 def list_folders(url: str) -> list[str]:
@@ -238,11 +240,14 @@ def read_text(url: str) -> str:
         raise InputError(f"{url}: not a text file in UTF-8") from None
 
 
-def open_parquet_input(url: str, ranges: Sequence[tuple[int, int]] = (), file_size: int | None = None) -> Any:
+def open_parquet_input(
+    url: str, ranges: Sequence[tuple[int, int]] = (), file_size: int | None = None, version: str = ""
+) -> Any:
     """A seekable Arrow file (close it, or use `with`).
 
     Object storage: the byte `ranges` are fetched at once, side by side, and held; anything else is a request
-    each. `file_size` saves asking for it; FileNotFoundError where an object is of another size by now.
+    each. `file_size` saves asking for it; FileNotFoundError where the object is of another size, or not of
+    `version` (`File.version`), by now.
     """
     with plain_errors(url, "opened"):
         if (path := local_path(url)) is not None:
@@ -250,9 +255,9 @@ def open_parquet_input(url: str, ranges: Sequence[tuple[int, int]] = (), file_si
             return pa.OSFile(str(path), "r")
     total = size(url) if file_size is None else file_size
     with plain_errors(url, "read"):
-        parts = s3.read_ranges(url, ranges, total) if ranges else []
+        parts = s3.read_ranges(url, ranges, total, version) if ranges else []
     held = [(start, part) for (start, _), part in zip(ranges, parts, strict=True)]
-    return pa.PythonFile(s3.RangeFile(url, total, held), mode="r")
+    return pa.PythonFile(s3.RangeFile(url, total, held, version), mode="r")
 
 
 # Writing

@@ -161,13 +161,19 @@ def test_a_folder_goes_with_what_was_never_finished_in_it(proxy: FaultyProxy, bu
 def test_an_object_that_was_replaced_is_not_read_as_the_old_one(proxy: FaultyProxy, bucket: str) -> None:
     url = storage.join(bucket, "shard")
     storage.write(url, b"0123456789")
-    with storage.open_parquet_input(url, [(0, 2)], 10) as file:
-        assert file.read(2) == b"01"
+    (file,) = storage.list_files(url)
+    assert file.version
+    with storage.open_parquet_input(url, [(0, 2)], 10, file.version) as source:
+        assert source.read(4) == b"0123"
+        storage.write(url, b"9876543210")
+        with pytest.raises(FileNotFoundError, match="another object"):
+            source.read(4)
+    with pytest.raises(FileNotFoundError, match="another object"):
+        storage.open_parquet_input(url, [(0, 2)], 10, file.version)
+    with storage.open_parquet_input(url, [(0, 2)], 10) as source:
         storage.write(url, b"0123456789ab")
         with pytest.raises(FileNotFoundError, match="not of 10 bytes"):
-            file.read(4)
-    with pytest.raises(FileNotFoundError, match="not of 10 bytes"):
-        storage.open_parquet_input(url, [(0, 2)], 10)
+            source.read(4)
 
 
 # Giving up

@@ -63,6 +63,8 @@ class Shard:
     """Of the footer: it has the schema and, of every column chunk, the place, size and statistics."""
     problem: str = ""
     """Why its footer cannot be read, and the file was left out; "" where it can."""
+    version: str = ""
+    """As `storage.File.version`; not part of what the data set is."""
 
     @property
     def rows(self) -> int:
@@ -209,7 +211,7 @@ class Dataset:
             leaves, text = column_types.leaves_of(footer, schema, set(columns))
             ranges = [] if storage.local_path(shard.url) else _ranges(footer.row_group(index), leaves)
             with (
-                storage.open_parquet_input(shard.url, ranges, shard.size) as source,
+                storage.open_parquet_input(shard.url, ranges, shard.size, shard.version) as source,
                 pq.ParquetFile(
                     source,
                     metadata=footer,
@@ -244,9 +246,10 @@ class Dataset:
                 self._footers.move_to_end(number)
                 return self._footers[number]
         shard = self.shards[number]
-        if storage.size(shard.url) != shard.size:
+        # With a version, whatever is read from now on is of that, or is refused.
+        if not shard.version and storage.size(shard.url) != shard.size:
             raise InputError(f"{shard.url}: {_CHANGED}")
-        footer, digest = _read_footer(storage.File(shard.path, shard.url, shard.size))
+        footer, digest = _read_footer(storage.File(shard.path, shard.url, shard.size, shard.version))
         if digest != shard.digest:
             raise InputError(f"{shard.url}: {_CHANGED}")
         with self._lock:
@@ -259,6 +262,38 @@ class Dataset:
 _CHANGED = "this shard was changed or removed while it was in use; start again on data that stays as it is"
 
 
+class _Tails:
+    """Footers of files on object storage, as bytes: a run opens its data more than once. Threads share it.
+
+    A file with its version never changes, so what is held of it stays true.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._bytes = most, 0
+        self._lock = threading.Lock()
+        self._held: OrderedDict[tuple[str, int, str], bytes] = OrderedDict()
+
+    def get(self, file: storage.File) -> bytes | None:
+        with self._lock:
+            key = (file.url, file.size, file.version)
+            if key in self._held:
+                self._held.move_to_end(key)
+            return self._held.get(key)
+
+    def put(self, file: storage.File, tail: bytes) -> None:
+        with self._lock:
+            key = (file.url, file.size, file.version)
+            if not file.version or key in self._held:
+                return
+            self._held[key] = tail
+            self._bytes += len(tail)
+            while self._bytes > self._most:
+                self._bytes -= len(self._held.popitem(last=False)[1])
+
+
+_TAILS = _Tails(64 * 2**20)
+
+
 def _is_hidden(path: str) -> bool:
     return any(part.startswith(("_", ".")) for part in path.split("/"))
 
@@ -266,6 +301,8 @@ def _is_hidden(path: str) -> bool:
 def _read_footer(file: storage.File) -> tuple[pq.FileMetaData, str]:
     """The parsed footer and its digest, in one ranged read, or two where the footer is long."""
     with contextlib.suppress(FileNotFoundError):
+        if (kept := _TAILS.get(file)) is not None:
+            return pq.read_metadata(pa.BufferReader(kept)), _digest(kept)
         tail = storage.read(file.url, max(file.size - _TAIL_BYTES, 0), file.size)
         if tail[-4:] == b"PARE":
             raise InputError(f"{file.url}: encrypted Parquet is not supported; write it without encryption")
@@ -285,6 +322,7 @@ def _read_footer(file: storage.File) -> tuple[pq.FileMetaData, str]:
             raise Unreadable(
                 file.url, f"the Parquet footer is corrupt: {error}; replace the file", _digest(tail)
             ) from error
+        _TAILS.put(file, tail[-length:])
         return footer, _digest(tail[-length:])
     raise InputError(f"{file.url}: {_CHANGED}")
 
@@ -304,7 +342,7 @@ def _shard(file: storage.File, found: tuple[pq.FileMetaData, str] | Unreadable) 
         return Shard(file.path, file.url, file.size, (), f"unreadable {found.digest}", found.problem)
     footer, digest = found
     groups = tuple(footer.row_group(group).num_rows for group in range(footer.num_row_groups))
-    return Shard(file.path, file.url, file.size, groups, digest)
+    return Shard(file.path, file.url, file.size, groups, digest, version=file.version)
 
 
 def _digest(data: bytes) -> str:
