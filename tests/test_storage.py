@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import socket
 import threading
 import time
@@ -399,6 +400,21 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_one_line(lambda: storage.write(url, b"after"), StorageError, url, "disk is full")
     assert_one_line(lambda: storage.create(url + "2", b"after"), StorageError, "disk is full")
     assert_one_line(lambda: storage.check_writable(str(tmp_path)), InputError, "disk is full")
+    assert os.listdir(tmp_path) == ["file"]
+    assert storage.read(url) == b"before"
+
+
+def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
+    """The kernel refuses the write half-way, as it does on a full disk."""
+    url = str(tmp_path / "file")
+    storage.write(url, b"before")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+    try:
+        assert_one_line(lambda: storage.write(url, bytes(2**20)), StorageError, url, "disk is full")
+        assert_one_line(lambda: storage.create(url + "2", bytes(2**20)), StorageError, "disk is full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert os.listdir(tmp_path) == ["file"]
     assert storage.read(url) == b"before"
 
