@@ -107,8 +107,10 @@ def _predict(payload: dict[str, Any], world: World, control: Control) -> dict[st
     model, schema, vocabularies = _restore(payload, world)
     source = {"checkpoint": payload["checkpoint"], "data": payload["data"]}
     out, keys = payload["out"], payload["keys"]
-    data, batch_size = payload["data"], payload["batch_size"]
-    return predict(model, schema, data, out, keys, batch_size, world, control, source, vocabularies)
+    data, batch_size, tolerance = payload["data"], payload["batch_size"], _tolerance(payload)
+    return predict(
+        model, schema, data, out, keys, batch_size, world, control, source, vocabularies, tolerance
+    )
 
 
 def _measure(
@@ -126,8 +128,12 @@ def _measure(
         vocabularies=vocabularies,
         keep=keep,
         # Both of two models that are compared are measured on the same rows.
-        tolerance=job_from_dict(payload["job"], payload["checkpoint"]).data.tolerance,
+        tolerance=_tolerance(payload),
     )
+
+
+def _tolerance(payload: dict[str, Any]) -> float | None:
+    return job_from_dict(payload["job"], payload["checkpoint"]).data.tolerance
 
 
 def _restore(payload: dict[str, Any], world: World) -> tuple[ShardedModel, Schema, Mapping[str, Vocabulary]]:

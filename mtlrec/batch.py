@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mtlrec.data.order import Position
@@ -45,6 +47,9 @@ class Batch:
     """bool [B, K]: which negatives there are; None where none are drawn (K = 0)."""
     keys: pa.Table | None = None
     """Columns passed through for prediction, `num_rows` long."""
+    bad: NDArray[np.bool_] | None = None
+    """[num_rows]: rows that do not fit the schema, whose outputs mean nothing; None: none is among them.
+    Training and evaluation get none."""
 
     @property
     def per_positive(self) -> int:

@@ -99,21 +99,26 @@ def evaluate(
         metrics.update(*found, users=users, ties=ties)
         if keep is not None:
             keep.add(*found, users, ties)
-    bad_rows = {"rows": 0, "row_groups": 0, "files": 0}
-    if quarantine is not None:
-        # Of a row group that two ranks share, each has counted all.
-        groups: dict[int, int] = {}
-        for mine in all_gather_bytes(json.dumps(list(quarantine.groups.items())).encode(), world):
-            groups.update(json.loads(mine))
-        bad_rows = quarantine.check(groups)
-        if world.rank == 0 and any(bad_rows.values()):
-            control.show({"kind": "log", "text": f"left out of {url}: {told(bad_rows)}"})
+    bad_rows = left_out(quarantine, world)
+    if world.rank == 0 and any(bad_rows.values()):
+        control.show({"kind": "log", "text": f"left out of {url}: {told(bad_rows)}"})
     parts = gather_bytes(metrics.to_bytes(), world)
     if parts is None:
         return Measured({}, None, bad_rows)
     for part in parts[1:]:
         metrics.merge(Metrics.from_bytes(part))
     return Measured(metrics.result(), ideal_of(url), bad_rows)
+
+
+def left_out(quarantine: Quarantine | None, world: World) -> Counts:
+    """What all ranks together have met of bad rows. A collective; raises InputError where it is too much."""
+    if quarantine is None:
+        return {"rows": 0, "row_groups": 0, "files": 0}
+    # Of a row group that two ranks share, each has counted all.
+    groups: dict[int, int] = {}
+    for mine in all_gather_bytes(json.dumps(list(quarantine.groups.items())).encode(), world):
+        groups.update(json.loads(mine))
+    return quarantine.check(groups)
 
 
 class Scores:
@@ -170,6 +175,7 @@ def score(
     keys: Sequence[str] = (),
     vocabularies: Mapping[str, Vocabulary] = MappingProxyType({}),
     quarantine: Quarantine | None = None,
+    keep_bad: bool = False,
 ) -> Iterator[tuple[Batch, torch.Tensor]]:
     """Yield (batch, outputs [B, T] float32 on the CPU) over the whole data set, in the order of the files.
 
@@ -196,6 +202,7 @@ def score(
         keys=keys,
         vocabularies=vocabularies,
         quarantine=quarantine,
+        keep_bad=keep_bad,
     )
     model.eval()
     began = shown = time.monotonic()

@@ -14,10 +14,11 @@ import torch
 
 from mtlrec import storage
 from mtlrec.control import Control
+from mtlrec.data.quarantine import Quarantine, told
 from mtlrec.data.shards import Dataset
 from mtlrec.data.vocabulary import Vocabulary
 from mtlrec.distributed import World, all_reduce_sum
-from mtlrec.evaluate import score
+from mtlrec.evaluate import left_out, score
 from mtlrec.lockstep import together
 from mtlrec.schema import Schema, key_columns
 from mtlrec.sharding import ShardedModel
@@ -39,15 +40,20 @@ def predict(
     control: Control,
     source: dict[str, Any],
     vocabularies: Mapping[str, Vocabulary] = MappingProxyType({}),
+    tolerance: float | None = None,
 ) -> dict[str, Any]:
     """Write `out/part-<rank>-<number>.parquet`, rows in the order of the input.
 
     Columns: `keys` as they stand in the input (or, without keys, `row`, the row's number in it), then one
     float32 column per task: a probability for a binary task, a score for a pairwise one, a value in the unit
     of its label for regression. Labels are not needed.
+
+    tolerance: the share of rows that may be bad, which have null for every task; None: one is an error. A row
+    group that cannot be read is one in any case: nobody could tell whose predictions are missing.
     """
     columns = (*schema.columns(labels=False), *key_columns(keys))
     dataset = together(world, lambda: Dataset.open(url, columns))
+    quarantine = None if tolerance is None else Quarantine(dataset, tolerance, groups=False)
     writer = _Parts(out, world.rank)
     binary = torch.tensor([task.kind == "binary" for task in schema.tasks])
     names = [task.name for task in schema.tasks]
@@ -63,6 +69,8 @@ def predict(
         labels=False,
         keys=keys,
         vocabularies=vocabularies,
+        quarantine=quarantine,
+        keep_bad=True,
     )
     with writer:
         for batch, outputs in scored:
@@ -74,12 +82,25 @@ def predict(
                 made: dict[str, Any] = {name: batch.keys[name] for name in keys}
             else:
                 made = {"row": pa.array(batch.rows[: batch.num_rows].numpy())}
-            made |= {name: pa.array(np.ascontiguousarray(values[:, i])) for i, name in enumerate(names)}
+            made |= {
+                name: pa.array(np.ascontiguousarray(values[:, i]), mask=batch.bad)
+                for i, name in enumerate(names)
+            }
             writer.write(pa.table(made))
             rows += batch.num_rows
     # Every rank has closed its files once it joins this sum, so the summary does come last.
     total = int(all_reduce_sum(torch.tensor([float(rows)], dtype=torch.float64), world)[0])
-    summary = {"out": out, "rows": total, "keys": keys or ["row"], "tasks": names, **source}
+    bad_rows = left_out(quarantine, world)
+    if world.rank == 0 and any(bad_rows.values()):
+        control.show({"kind": "log", "text": f"without a prediction: {told(bad_rows)}"})
+    summary = {
+        "out": out,
+        "rows": total,
+        "keys": keys or ["row"],
+        "tasks": names,
+        "bad_rows": bad_rows,
+        **source,
+    }
     if world.rank == 0:
         storage.write(storage.join(out, SUMMARY), json.dumps(summary, indent=1).encode())
     return summary

@@ -56,7 +56,8 @@ class Columns:
     keys: pa.Table | None = None
     """Columns that are passed through as they are, R long."""
     bad: npt.NDArray[np.bool_] | None = None
-    """[R]: the row does not fit the schema, and what stands here of it means nothing; None: all rows fit."""
+    """[R]: the row does not fit the schema: what stands here of it can be computed with, and means nothing.
+    None: all rows fit."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -138,7 +139,7 @@ def join(parts: Sequence[Columns]) -> Columns:
         _join([part.weight for part in parts]),
         _join([part.user for part in parts]),
         None if parts[0].keys is None else join_keys([part.keys for part in parts]),
-        _join_bad(parts),
+        join_bad(parts),
     )
 
 
@@ -153,7 +154,8 @@ def _join(parts: Sequence[Array | None]) -> Array | None:
     return np.concatenate(known) if known else None
 
 
-def _join_bad(parts: Sequence[Columns]) -> npt.NDArray[np.bool_] | None:
+def join_bad(parts: Sequence[Columns]) -> npt.NDArray[np.bool_] | None:
+    """Which rows of the parts, one after the other, do not fit; None where all do."""
     if all(part.bad is None for part in parts):
         return None
     return np.concatenate([np.zeros(len(part), np.bool_) if part.bad is None else part.bad for part in parts])

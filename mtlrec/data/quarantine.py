@@ -41,11 +41,15 @@ class Quarantine:
     """Takes note of what is bad of a data set, each row group once, whoever meets it. Threads may share it.
 
     tolerance: the share of the data set's rows that may be bad. folder: where each row group's record is
-    written, or None. A record's name and bytes depend on the data alone: it may be written again.
+    written, or None. A record's name and bytes depend on the data alone: it may be written again. groups:
+    whether a row group that cannot be read is no error either.
     """
 
-    def __init__(self, dataset: Dataset, tolerance: float, folder: str | None = None) -> None:
+    def __init__(
+        self, dataset: Dataset, tolerance: float, folder: str | None = None, groups: bool = True
+    ) -> None:
         self._dataset, self._tolerance, self._folder = dataset, tolerance, folder
+        self._takes_groups = groups
         self._lock = threading.Lock()
         self._groups: dict[int, int] = {}
 
@@ -75,7 +79,9 @@ class Quarantine:
         self._add(group, int(bad.mask.sum()), {"columns": columns, "examples": examples})
 
     def add_group(self, group: int, error: Unreadable) -> None:
-        """A row group cannot be read. Raises InputError where that makes too many."""
+        """A row group cannot be read. Raises InputError where that makes too many, or is an error itself."""
+        if not self._takes_groups:
+            raise error
         self._add(group, int(self._dataset.group_rows[group]), {"problem": error.problem})
 
     def record_files(self) -> None:

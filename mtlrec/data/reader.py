@@ -20,7 +20,7 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mtlrec.batch import Batch
-from mtlrec.data.columns import Columns, join, join_keys
+from mtlrec.data.columns import Columns, join, join_bad, join_keys
 from mtlrec.data.negatives import Sampler
 from mtlrec.data.order import Position, advance, check_position, lane_rows, steps_left, stride, worker_lanes
 from mtlrec.data.quarantine import Quarantine
@@ -47,9 +47,9 @@ class Reader:
     shuffled among themselves. labels: whether labels and sample weights are read. keys: columns passed
     through in `Batch.keys`. vocabularies: by table. first_step: `Batch.step` of the first batch. negatives:
     what draws them, if any. quarantine: is told which rows are bad, which no batch then has (they keep their
-    place in the order); None: a bad row is an error. ahead: batches that are kept ready. pin_memory: put
-    batches where a GPU copies them from while it computes. threads: row groups that are read and decoded side
-    by side.
+    place in the order); None: a bad row is an error. keep_bad: bad rows are in the batches after all, which
+    say so. ahead: batches that are kept ready. pin_memory: put batches where a GPU copies them from while it
+    computes. threads: row groups that are read and decoded side by side.
 
     Raises InputError for a batch size that lanes do not divide, and for a position of other data or lanes.
     """
@@ -74,6 +74,7 @@ class Reader:
         first_step: int = 0,
         negatives: Sampler | None = None,
         quarantine: Quarantine | None = None,
+        keep_bad: bool = False,
         ahead: int = 4,
         pin_memory: bool = False,
         threads: int = 2,
@@ -111,7 +112,7 @@ class Reader:
             negatives=negatives,
             pin_memory=pin_memory,
         )
-        steps = _Steps(windows, served, self._rows, self._rows_per_step, position, epochs)
+        steps = _Steps(windows, served, self._rows, self._rows_per_step, position, epochs, keep_bad)
         self._windows, self._ready = windows, _Ready(ahead)
         # The threads do not know the reader, so that it stops when it is dropped without being closed.
         self._thread = threading.Thread(
@@ -221,7 +222,7 @@ class _Ready:
 
 
 class _Steps:
-    """For each step, this worker's good rows, lane after lane, and the position behind it."""
+    """For each step, this worker's rows, lane after lane, and the position behind it."""
 
     def __init__(
         self,
@@ -231,7 +232,9 @@ class _Steps:
         rows_per_step: int,
         position: Position,
         epochs: int,
+        keep_bad: bool,
     ) -> None:
+        self._keep_bad = keep_bad
         self._windows, self._served, self._rows, self._rows_per_step = windows, served, rows, rows_per_step
         self._position, self._epochs = position, epochs
 
@@ -255,7 +258,8 @@ class _Steps:
                         windows[lane] = columns, fill.done
                     columns, used = windows.pop(lane)
                     end = min(used + missing, len(columns))
-                    part = columns.slice(used, end).good()
+                    part = columns.slice(used, end)
+                    part = part if self._keep_bad else part.good()
                     if len(part):
                         parts.append(part)
                     missing -= end - used
@@ -318,6 +322,7 @@ class _Builder:
             weight=self._tensor(self._padded(weight, np.float32)) if self._weighted else None,
             negatives=None if present is None else self._tensor(present),
             keys=self._key_table(parts) if self._keys else None,
+            bad=join_bad(parts),
         )
 
     def _padded(
