@@ -258,9 +258,13 @@ def test_names_inside_checkpoints(saved: Saved) -> None:
 
 
 def fail_on_one_rank(world: Any, urls: list[str]) -> Results:
-    """In a worker: save to each URL, with a fault on one rank or another, the last time without."""
+    """In a worker: save to each URL, with a fault on one rank or another, the last time without.
+
+    In turn waiting for it, and step by step as training does.
+    """
     from mtlrec import storage
-    from mtlrec.checkpoint.save import save
+    from mtlrec.checkpoint.save import Saving
+    from mtlrec.distributed import all_reduce_sum
     from mtlrec.job.errors import InputError
     from tests.checkpoint.tables import cut, make_table, meta_of
 
@@ -281,12 +285,18 @@ def fail_on_one_rank(world: Any, urls: list[str]) -> Results:
         (9, os, "fsync", full),
     ]
     outcomes = []
-    for url, (rank, module, function, fault) in zip(urls, faults, strict=True):
+    for number, (url, (rank, module, function, fault)) in enumerate(zip(urls, 2 * faults, strict=True)):
         with pytest.MonkeyPatch.context() as patch:
             if world.rank == rank:
                 patch.setattr(module, function, fault)
             try:
-                save(url, blocks, {"weights.a": torch.ones(3)}, meta_of([table]), world)
+                saving = Saving(url, blocks, {"weights.a": torch.ones(3)}, meta_of([table]), world)
+                if number < len(faults):
+                    saving.wait()
+                while not saving.is_complete:
+                    busy = saving.is_busy
+                    mine = torch.tensor([busy, not busy and saving.has_failed], dtype=torch.float64)
+                    saving.advance(*(bool(signal) for signal in all_reduce_sum(mine, world)))
                 outcomes.append(["saved", ""])
             except Exception as error:
                 outcomes.append([type(error).__name__, str(error)])
@@ -295,16 +305,18 @@ def fail_on_one_rank(world: Any, urls: list[str]) -> Results:
 
 def test_a_failure_of_one_rank_reaches_all_and_leaves_no_checkpoint(tmp_path: Path) -> None:
     run = str(tmp_path / "run")
-    urls = [folder.checkpoint_url(run, step, 1) for step in range(4)]
+    urls = [folder.checkpoint_url(run, step, 1) for step in range(8)]
     results = run_processes(f"{HERE}:fail_on_one_rank", 3, tmp_path / "processes", {"urls": urls})
-    for url, number in zip(urls[:3], range(3), strict=True):
+    for number, url in enumerate(urls):
         kinds, messages = zip(*(result["outcomes"][number] for result in results), strict=True)
         assert len(set(kinds)) == len(set(messages)) == 1
+        if number % 4 == 3:
+            assert kinds[0] == "saved"
+            continue
         assert not Path(url).exists(), "what was written is removed"
-        if number == 1:
+        if number % 4 == 1:
             assert kinds[0] == "InputError" and messages[0].endswith("permission denied")
         else:
             assert kinds[0] == "StorageError" and "the disk is full" in messages[0]
             assert messages[0].startswith(url)
-    assert [result["outcomes"][3][0] for result in results] == ["saved"] * 3
-    assert [found.url for found in folder.list_checkpoints(run)] == urls[3:]
+    assert [found.url for found in folder.list_checkpoints(run)] == urls[3::4]
