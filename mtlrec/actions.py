@@ -33,7 +33,8 @@ Action = Callable[[dict[str, Any], World, Control], dict[str, Any]]
 
 def perform(action: str, payload: dict[str, Any], world: World, control: Control) -> dict[str, Any]:
     """Run one of ACTIONS; every worker calls it with the same payload."""
-    storage.configure(job_from_dict(payload["job"], action).storage_options)
+    # The driver has read the job's data so.
+    storage.configure(job_from_dict(payload["job"], action).storage_options, proven=True)
     result = ACTIONS[action](payload, world, control)
     _tell_retries(world, control)
     return result

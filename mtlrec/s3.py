@@ -55,6 +55,7 @@ _NO_CREDENTIALS = (
 
 _lock = threading.Lock()
 _options = StorageSection()
+_proven = False
 _current: tuple[tuple[int, int], Any] | None = None
 _met: set[tuple[int, int, str]] = set()
 
@@ -66,11 +67,15 @@ class StorageError(RuntimeError):
         super().__init__(" ".join(message.split()))
 
 
-def configure(options: StorageSection) -> None:
-    """From here on this process reaches S3 by `options`; the AWS environment says what they leave open."""
-    global _options
+def configure(options: StorageSection, proven: bool = False) -> None:
+    """From here on this process reaches S3 by `options`; the AWS environment says what they leave open.
+
+    proven: another process has reached it so. Then a store that does not answer is lost, and not misnamed: a
+    fault, which is given as long as any other.
+    """
+    global _options, _proven
     with _lock:
-        _options = options
+        _options, _proven = options, proven
 
 
 def configured() -> StorageSection:
@@ -131,15 +136,15 @@ def _connect(options: StorageSection) -> Any:
 def _meet(filesystem: Any, url: str, bucket: str) -> None:
     """List one key: unlike a HEAD's, the refusal has a body, which says if key, secret or bucket is wrong."""
     prefix = url.removeprefix("s3://").partition("/")[2]
+    first = not _proven
+    within = FIRST_CONTACT_S if first else None
     try:
-        with limited(FIRST_CONTACT_S, _FIRST_RETRIES):
-            filesystem.call_s3(
-                "list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1, timeout=FIRST_CONTACT_S
-            )
+        with limited(FIRST_CONTACT_S, _FIRST_RETRIES) if first else contextlib.nullcontext():
+            filesystem.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1, timeout=within)
     except Exception as error:
         if error_code(error) == "AccessDenied":
             return  # keys that may read and write but not list: the call itself will tell
-        raise _in_plain_words(url, "reached", error, first=True) from error
+        raise _in_plain_words(url, "reached", error, first) from error
 
 
 def read_ranges(

@@ -237,6 +237,18 @@ def test_it_gives_up_in_the_stated_time_when_connections_are_refused(proxy: Faul
         assert failure(call)[1] < SLACK_S
 
 
+def test_where_another_process_has_reached_it_it_is_lost_and_not_misnamed(
+    proxy: FaultyProxy, bucket: str
+) -> None:
+    options = StorageSection(endpoint_url=proxy.endpoint, retries=6)
+    proxy.choose = lambda *_: "close"
+    storage.configure(options)
+    with pytest.raises(InputError, match=r"check storage_options\.endpoint_url"):
+        storage.exists(storage.join(bucket, "file"))
+    storage.configure(options.model_copy(update={"region": "eu-west-3"}), proven=True)
+    assert "given up after 7 tries" in failure(lambda: storage.exists(storage.join(bucket, "file")))[0]
+
+
 def test_it_gives_up_in_the_stated_time_when_nothing_answers(proxy: FaultyProxy, bucket: str) -> None:
     options: dict[str, Any] = {"connect_timeout_s": 0.5, "read_timeout_s": 1, "retry_s": 1.5}
     storage.configure(StorageSection(endpoint_url=proxy.endpoint, **options))
