@@ -83,6 +83,17 @@ def configured() -> StorageSection:
     return _options
 
 
+def environment() -> dict[str, str]:
+    """Variables to add for a command that is to reach S3 as this process does, before it reads a job."""
+    found = {
+        "AWS_ENDPOINT_URL_S3": _options.endpoint_url,
+        "AWS_REGION": _options.region,
+        "AWS_PROFILE": _options.profile,
+        "AWS_CA_BUNDLE": _options.ca_bundle,
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def filesystem(url: str) -> Any:
     """The s3fs file system for this URL; the first time a bucket is named, makes sure that it answers.
 
@@ -109,7 +120,8 @@ def _connect(options: StorageSection) -> Any:
 
     if options.ca_bundle is not None and not Path(options.ca_bundle).is_file():
         raise InputError(f"storage_options.ca_bundle: {options.ca_bundle}: there is no such file here")
-    client = {"region_name": options.region, "verify": options.ca_bundle}
+    # botocore itself knows AWS_DEFAULT_REGION alone.
+    client = {"region_name": options.region or os.environ.get("AWS_REGION"), "verify": options.ca_bundle}
     return PatientS3(
         anon=options.anonymous,
         endpoint_url=options.endpoint_url,

@@ -28,6 +28,7 @@ from mtlrec.patience import limited as limited
 from mtlrec.s3 import StorageError as StorageError
 from mtlrec.s3 import configure as configure
 from mtlrec.s3 import configured as configured
+from mtlrec.s3 import environment as environment
 from mtlrec.s3 import plain_errors
 
 _PART_BYTES = 16 * 2**20

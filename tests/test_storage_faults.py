@@ -324,6 +324,13 @@ def test_options_go_before_the_environment(
     client = boto3.client("s3", endpoint_url=s3_endpoint, **dict.fromkeys(KEYS, "test"))
     client.put_object_acl(Bucket=bucket.removeprefix("s3://"), Key="file", ACL="public-read")
     assert storage.read(storage.join(bucket, "file")) == b"1"
+    storage.configure(StorageSection(profile="ours", **common))
+    with pytest.MonkeyPatch.context() as another:
+        for name, value in storage.environment().items():
+            another.setenv(name, value)
+        storage.configure(StorageSection())
+        assert storage.read(storage.join(bucket, "file")) == b"1"
+        assert storage.environment() == {}
     storage.configure(StorageSection(profile="nobody", **common))
     with pytest.raises(InputError, match="nobody"):
         storage.read(storage.join(bucket, "file"))

@@ -231,7 +231,13 @@ class _Runner:
                     return EXIT_STOPPED, {"error": "stopped before it started"}
                 # A session of its own: Ctrl-C on the terminal reaches it through us alone.
                 child = subprocess.Popen(
-                    argv, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
+                    argv,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=err,
+                    start_new_session=True,
+                    # `evaluate` has only a URL to find the run by.
+                    env={**os.environ, **storage.environment()},
                 )
                 self._children.add(child)
             try:
