@@ -33,6 +33,7 @@ def older(job: dict[str, Any]) -> dict[str, Any]:
                 if section["kind"] != "number":
                     section.pop(field, None)
     del old["schema"]["tables"], old["schema"]["weight"], old["data"]["negatives"]
+    del old["data"]["max_bad_share"]
     del old["model"]["dropout"], old["objective"]["embedding_l2"], old["run"]["evaluate"], old["run"]["seeds"]
     return old
 
