@@ -92,7 +92,7 @@ class StopRequest:
         def look() -> None:
             while not self.asked and not ended.wait(LOOK_S):
                 # A storage that does not answer now is asked again; whether it is away is others' business.
-                with contextlib.suppress(InputError, StorageError):
+                with contextlib.suppress(InputError, StorageError), storage.limited(LOOK_S):
                     if storage.exists(url):
                         self.asked = True
                         say(f"{url}: stopping at the next step with a checkpoint")

@@ -23,6 +23,8 @@ FOLDER = "stacks"
 EXIT = 1
 LOOK_S = 1.0
 """Seconds between two looks; fewer where the limit is short."""
+SAVE_S = 10.0
+"""In which the stacks have to be written: the storage may be what hangs."""
 
 _sign: tuple[int, str] = (0, "start")
 """How many signs of life there were, and what the last one was of."""
@@ -83,7 +85,8 @@ class Watchdog:
                 else:
                     url = storage.join(self._folder, f"{_label}-r{self._rank:05d}.txt")
                     try:
-                        storage.write(url, text.encode())
+                        with storage.limited(SAVE_S):
+                            storage.write(url, text.encode())
                         self._dumped = url
                     except Exception as error:  # whatever the storage says: the stacks must not be lost
                         self._dumped = f"{error}\n{text}"
