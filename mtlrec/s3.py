@@ -46,6 +46,12 @@ _BAD_CREDENTIALS = (
     "InvalidClientTokenId",
 )
 
+_WRONG_REGION = (
+    "PermanentRedirect",
+    "AuthorizationHeaderMalformed",
+    "IllegalLocationConstraintException",
+)
+
 _NO_CREDENTIALS = (
     "NoCredentialsError",
     "PartialCredentialsError",
@@ -322,6 +328,11 @@ def _in_plain_words(url: str, done: str, error: Exception, first: bool = False) 
         )
     if code == "InvalidBucketName" or kind == "ParamValidationError":
         return InputError(f"{url}: {bucket!r} is not a valid bucket name")
+    if code in _WRONG_REGION:
+        return InputError(
+            f"{url}: bucket {bucket!r} is in another region than it was asked for in ({code}); "
+            "set storage_options.region or AWS_REGION to the bucket's"
+        )
     if kind in _NO_CREDENTIALS:
         return InputError(
             f"{url}: no usable AWS credentials ({error}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "

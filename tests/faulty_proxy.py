@@ -24,8 +24,8 @@ FAULTS = ("busy", "error", "close", "reset", "delay", "truncate", "shorten", "lo
 delay: the answer takes longer. truncate: the connection ends in the middle of the body. shorten: half of a
 range, in good form. lost: what was asked is done, and the connection ends before the answer.
 
-By `choose` alone: full (507), conflict (409), late error (it is done, and a 200 holds an error), keys (a
-deletion of many is answered with an error for each and not done).
+By `choose` alone: full (507), region (400), conflict (409), late error (it is done, and a 200 holds an
+error), keys (a deletion of many is answered with an error for each and not done).
 """
 _HOP = {"connection", "keep-alive", "transfer-encoding", "expect", "proxy-connection"}
 
@@ -176,6 +176,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if fault == "full":
             self._fail(507, "InsufficientStorage", "The store is full.")
+            return
+        if fault == "region":
+            self._fail(400, "AuthorizationHeaderMalformed", "The region 'us-east-1' is wrong.")
             return
         if fault == "conflict":
             self._fail(409, "ConditionalRequestConflict", "A conflicting operation is in progress.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -299,7 +300,25 @@ def test_a_full_store_is_told_at_once(proxy: FaultyProxy, bucket: str, name: str
         storage.check_writable(bucket)
 
 
+def test_a_wrong_region_is_told(proxy: FaultyProxy, bucket: str) -> None:
+    proxy.choose = lambda *_: "region"
+    with pytest.raises(InputError, match=r"set storage_options\.region or AWS_REGION"):
+        storage.read(storage.join(bucket, "file"))
+
+
 # Options
+
+
+def test_another_process_is_given_the_same_patience(proxy: FaultyProxy, bucket: str) -> None:
+    """Ray hands the file system of a run to its own processes, and unpickles it there."""
+    url = storage.join(bucket, "file")
+    filesystem, path = storage.resolve(url)
+    other = pickle.loads(pickle.dumps(filesystem))
+    assert other is not filesystem
+    proxy.choose = once("reset", lambda method, *_: method == "PUT")
+    other.pipe_file(path, b"1")
+    assert proxy.spoilt() == {"reset": 1}
+    assert storage.read(url) == b"1"
 
 
 def test_options_go_before_the_environment(
