@@ -22,6 +22,7 @@ import fsspec
 import pyarrow as pa
 
 from mtlrec import s3
+from mtlrec.direct import DirectFile
 from mtlrec.job.errors import InputError
 from mtlrec.patience import TALLY
 from mtlrec.patience import limited as limited
@@ -290,7 +291,7 @@ def write_stream(url: str) -> Iterator[BinaryIO]:
     unfinished = _unfinished(path)
     with plain_errors(url, "written"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        local = open(unfinished, "xb")  # noqa: SIM115 - closed below, before it is renamed
+        local = DirectFile(unfinished)
     try:
         yield cast(BinaryIO, _Sink(url, local))
         with plain_errors(url, "written"):

@@ -19,6 +19,8 @@ ITEM_BYTES = {
 
 METADATA = "__metadata__"
 _LENGTH_BYTES = 8
+_HEAD_BYTES = 4096
+"""A header is padded to a multiple of so many: then the tensors' bytes can go straight to a disk."""
 MAX_HEADER_BYTES = 100_000_000
 """What other readers of the format accept."""
 
@@ -56,7 +58,7 @@ def arrange(
         at += num_bytes(dtype, shape)
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, at]}
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _LENGTH_BYTES)
+    text += b" " * (-(_LENGTH_BYTES + len(text)) % _HEAD_BYTES)
     head = len(text).to_bytes(_LENGTH_BYTES, "little") + text
     slots = {
         name: Slot(dtype, tuple(shape), len(head) + starts[name]) for name, (dtype, shape) in tensors.items()

@@ -15,6 +15,7 @@ import torch
 
 from mtlrec.checkpoint.manifest import STATE, WEIGHTS
 from mtlrec.checkpoint.tensors import TableBlock
+from mtlrec.direct import ALIGNMENT
 
 _Key = tuple[str, int, int, str]
 """Table, first row, first column, name of the tensor; "", 0, 0, name of what is no table's."""
@@ -109,8 +110,15 @@ class Snapshot:
             if tensor.is_cuda:
                 room = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             else:
-                # numpy asks for huge pages, which are there after fewer faults; torch does not.
-                flat = torch.from_numpy(np.empty(tensor.numel() * tensor.element_size(), np.uint8))
-                room = flat.view(tensor.dtype).reshape(tensor.shape)
+                room = _aligned(tensor.numel() * tensor.element_size())
+                room = room.view(tensor.dtype).reshape(tensor.shape)
             self._memory[key] = room
         return room
+
+
+def _aligned(size: int) -> torch.Tensor:
+    """Memory of `size` bytes, uint8, that can be written straight to a disk."""
+    # numpy asks for huge pages, which are there after fewer faults; torch does not.
+    flat = np.empty(size + ALIGNMENT, np.uint8)
+    skip = -flat.ctypes.data % ALIGNMENT
+    return torch.from_numpy(flat[skip : skip + size])
