@@ -11,7 +11,7 @@ export VENV PYTHON TORCH_INDEX
 
 BIN := $(VENV)/bin
 
-.PHONY: help install install-dev demo census test lint type lock clean
+.PHONY: help install install-dev demo census test chaos lint type lock clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -38,6 +38,9 @@ census: | install  ## the census-income data: DATA=folder with its files
 
 test: lint type  ## everything that must hold before a change is taken
 	$(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder
+
+chaos: install-dev  ## kills workers, drivers and nodes of a run: KILLS=20 SEED=0
+	$(BIN)/python -m tests.chaos --kills $(or $(KILLS),20) --seed $(or $(SEED),0)
 
 lint: install-dev  ## style and likely mistakes
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import secrets
@@ -68,12 +69,19 @@ def launch_on_ray(
     ):
         import ray.train
         from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         for logger in ("ray", "ray.train"):
             logging.getLogger(logger).setLevel(logging.ERROR)
         # Each worker waits in one call for news of a hang, while it makes others.
-        calls: dict[str, Any] = {"max_concurrency": 2 * MAX_WORKERS}
-        board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, **calls)(Board).remote()
+        placed: dict[str, Any] = {
+            "max_concurrency": 2 * MAX_WORKERS,
+            # Beside the driver: on another node it would be lost, with what it holds, when that node is.
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(
+                ray.get_runtime_context().get_node_id(), soft=True
+            ),
+        }
+        board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, **placed)(Board).remote()
         stop.listen_again()
         config = {
             "action": action,
@@ -100,6 +108,11 @@ def launch_on_ray(
             ),
             run_config=_run_config(action, run, name, scratch),
         )
+        if action == "train":
+            # Elastic workers are reserved under this id, and what a killed driver had reserved is held
+            # for three minutes: the next driver of the run takes it over by having the same.
+            run_id = hashlib.blake2b(payload["url"].encode(), digest_size=16).hexdigest()
+            object.__setattr__(trainer.train_run_context, "run_id", run_id)
         return _follow(ray, trainer, board, show, stop, alive)
 
 

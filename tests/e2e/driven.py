@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from tests.distributed.test_training import recorded_rows
 class Command:
     """`mtlrec ...` in a process of its own, with a Ray of its own."""
 
-    def __init__(self, home: Path, *arguments: str) -> None:
+    def __init__(self, home: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
         self.err = home / f"{time.monotonic_ns()}.err"
         with self.err.open("wb") as err:
             self.process = subprocess.Popen(
@@ -30,7 +30,7 @@ class Command:
                 stderr=err,
                 text=True,
                 # Ray's sockets have a limit on the length of their path, which pytest's folders exceed.
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
             )
 
     def result(self, code: int = 0, timeout: float = 240) -> dict[str, Any]:
