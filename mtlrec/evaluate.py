@@ -60,15 +60,19 @@ def evaluate(
     vocabularies: Mapping[str, Vocabulary] = MappingProxyType({}),
     keep: Scores | None = None,
     tolerance: float | None = None,
+    dataset: Dataset | None = None,
 ) -> Measured:
-    """Score every row of the data set at `url` once, all workers together.
+    """Score every row of the data set at `url` (of `dataset`, if given) once, all workers together.
 
     Where the schema names the user, ranking is measured within each user's rows too. `keep` is given every
     row. tolerance: the share of rows that may be bad and are left out, which rank 0 shows; None: a bad row is
     an error. A collective. Raises InputError, on every rank alike.
     """
     schema = schema.for_measuring()
-    dataset = together(world, lambda: open_dataset(url, schema.columns(), tolerance))
+    # What the folder says of the best that can be reached is of all its shards.
+    ideal_url = url if dataset is None else None
+    if dataset is None:
+        dataset = together(world, lambda: open_dataset(url, schema.columns(), tolerance))
     quarantine = None if tolerance is None else Quarantine(dataset, tolerance)
     user = _user_column(schema)
     tasks = [(task.name, task.kind) for task in schema.tasks]
@@ -107,7 +111,7 @@ def evaluate(
         return Measured({}, None, bad_rows)
     for part in parts[1:]:
         metrics.merge(Metrics.from_bytes(part))
-    return Measured(metrics.result(), ideal_of(url), bad_rows)
+    return Measured(metrics.result(), ideal_of(ideal_url) if ideal_url else None, bad_rows)
 
 
 def left_out(quarantine: Quarantine | None, world: World) -> Counts:

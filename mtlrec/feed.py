@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import yaml
 
@@ -19,6 +20,7 @@ from mtlrec.data.reader import Reader
 from mtlrec.data.shards import Dataset
 from mtlrec.data.vocabulary import Vocabulary
 from mtlrec.distributed import World
+from mtlrec.generations import Record, open_recorded, read_record, record_url
 from mtlrec.interactions import build_index
 from mtlrec.job.errors import InputError
 from mtlrec.job.job import Job, job_from_dict
@@ -35,13 +37,39 @@ class Feed:
     job: Job
     """With the rows of every vocabulary."""
     schema: Schema
-    dataset: Dataset
+    opened: Dataset | None
+    """The shards; None where the run has trained on all of them, and they need not be there any more."""
+    record: Record | None
+    """Of the generation, where the run follows its data."""
     vocabularies: Mapping[str, Vocabulary]
     """By table."""
     sampler: Sampler | None
     """Of negatives; None where the job draws none."""
     quarantine_url: str
     """Folder where bad rows are written down, if the job leaves them out."""
+
+    @property
+    def is_open(self) -> bool:
+        """There is something to read."""
+        return self.opened is not None
+
+    @property
+    def dataset(self) -> Dataset:
+        assert self.opened is not None, "the shards of this generation were not opened"
+        return self.opened
+
+    def about_data(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the shards."""
+        if self.opened is not None:
+            return {"fingerprint": self.opened.fingerprint, "index": self.opened.index()}
+        assert self.record is not None
+        index = {key: self.record[key] for key in ("url", "fingerprint", "rows", "shards")}
+        return {"fingerprint": self.record["fingerprint"], "index": index}
+
+    def next(self, dataset: Dataset, world: World, control: Control) -> Feed:
+        """Of the next generation. A collective. Raises InputError where negatives cannot be drawn from it."""
+        sampler = _sampler(self.job, self.schema, dataset, self.vocabularies, world, control)
+        return replace(self, opened=dataset, record=None, sampler=sampler)
 
     def reader(self, position: Position, step: int, world: World) -> Reader:
         """This worker's batches from `position`, behind `step` steps, to the end of the last epoch."""
@@ -82,20 +110,27 @@ class Feed:
 
 
 def open_feed(
-    run: Run, world: World, control: Control, checkpoint: str | None, start: Manifest | None
+    run: Run,
+    world: World,
+    control: Control,
+    position: Position,
+    checkpoint: str | None,
+    start: Manifest | None,
 ) -> Feed:
-    """Open the shards; load what `checkpoint` (which says `start` of itself) keeps of them, or build it.
+    """Open the shards that are trained from `position` on; and load what `checkpoint` (which says `start` of
+    itself) keeps of them, or build it.
 
     A collective. Raises InputError, on every rank alike.
     """
     job = job_from_dict(run.job, run.url)
     schema = build_schema(job.schema_, job.model)
-    dataset = together(world, lambda: _open(job, schema, run))
-    good = good_rows(dataset, schema, job.data.tolerance)
+    dataset, record = together(world, lambda: _open(job, schema, run, position))
     if checkpoint is not None and start is not None:
         vocabularies = together(world, lambda: load_vocabularies(checkpoint, start))
     else:
+        assert dataset is not None, "a run without a checkpoint begins with its first row"
         groups = _groups(schema)
+        good = good_rows(dataset, schema, job.data.tolerance)
         built = build(good, _wanted(job, schema, groups), run.url, world, control)
         vocabularies = {table: built[group[0]] for group in groups for table in group}
     if vocabularies:
@@ -105,10 +140,25 @@ def open_feed(
             text = yaml.safe_dump(job.to_dict(), sort_keys=False)
             storage.write(storage.join(run.url, "job.yaml"), text.encode())
     sampler = None
-    if job.data.negatives is not None:
-        index = build_index(good, schema, job.data.negatives, vocabularies, world, control)
-        sampler = Sampler(index, schema, job.data.negatives, job.seed)
-    return Feed(job, schema, dataset, vocabularies, sampler, storage.join(run.url, QUARANTINE))
+    if dataset is not None:
+        sampler = _sampler(job, schema, dataset, vocabularies, world, control)
+    return Feed(job, schema, dataset, record, vocabularies, sampler, storage.join(run.url, QUARANTINE))
+
+
+def _sampler(
+    job: Job,
+    schema: Schema,
+    dataset: Dataset,
+    vocabularies: Mapping[str, Vocabulary],
+    world: World,
+    control: Control,
+) -> Sampler | None:
+    """What draws negatives by the positives of `dataset`, where the job wants any. A collective."""
+    if job.data.negatives is None:
+        return None
+    good = good_rows(dataset, schema, job.data.tolerance)
+    index = build_index(good, schema, job.data.negatives, vocabularies, world, control)
+    return Sampler(index, schema, job.data.negatives, job.seed)
 
 
 def with_rows(job: Job, vocabularies: Mapping[str, Vocabulary]) -> Job:
@@ -150,11 +200,19 @@ def _wanted(job: Job, schema: Schema, groups: list[list[str]]) -> list[Wanted]:
     return found
 
 
-def _open(job: Job, schema: Schema, run: Run) -> Dataset:
+def _open(job: Job, schema: Schema, run: Run, position: Position) -> tuple[Dataset | None, Record | None]:
+    """The shards, if anything of them is left to train, and their record where the run follows its data."""
+    if job.data.follow is not None:
+        record = read_record(run.url, position.generation)
+        if record is None:
+            raise InputError(f"{record_url(run.url, position.generation)}: missing; restore the file")
+        if position.epoch >= job.run.epochs:
+            return None, record
+        return open_recorded(job.data.train, schema.columns(), record, job.data.tolerance), record
     dataset = open_dataset(job.data.train, schema.columns(), job.data.tolerance)
     if dataset.fingerprint != run.fingerprint:
         raise InputError(
             f"{job.data.train}: this worker sees other shards than the machine that started the run; "
             "every machine must read the same storage"
         )
-    return dataset
+    return dataset, None

@@ -97,12 +97,17 @@ def _shape(job: Job) -> dict[str, Any]:
     return {"schema": schema, "model": model, "optimizer": kinds}
 
 
-def order_changes(job: Job, train: Dataset, origin: Manifest) -> list[str]:
-    """Why the order of the rows is not the source's, so that the fork starts it anew; [] where it goes on."""
+def order_changes(job: Job, train: Dataset | None, origin: Manifest) -> list[str]:
+    """Why the order of the rows is not the source's, so that the fork starts it anew; [] where it goes on.
+
+    train: the data; None where the fork follows its data, and goes on with the source's generations.
+    """
     source = job_from_dict(origin.meta["job"], "the job of the checkpoint")
     found = changes({"seed": source.seed}, {"seed": job.seed})
     old, new = source.to_dict()["data"], job.to_dict()["data"]
     found += changes({field: old[field] for field in _ORDER}, {field: new[field] for field in _ORDER}, "data")
+    if train is None:
+        return found + changes({"train": old["train"]}, {"train": new["train"]}, "data")
     if train.fingerprint != origin.meta["data"]["fingerprint"]:
         what = train.describe_change(origin.meta["data"]["index"])
         found.append(f"data.train has other shards ({what})")

@@ -53,6 +53,10 @@ class Journal:
         self._recorded: list[np.ndarray] | None = [] if record_rows else None
         self._events = Events(run_url, start) if world.rank == 0 else None
 
+    def expect(self, total_steps: int) -> None:
+        """Of the run, as far as is known: what progress is shown against."""
+        self._total = total_steps
+
     def due(self) -> bool:
         """Rank 0 asks for a report once enough time has passed."""
         return self._world.rank == 0 and time.monotonic() - self._reported[0] >= self._every_s

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from mtlrec import fork, storage
+from mtlrec import fork, generations, storage
 from mtlrec.checkpoint.folder import Checkpoint, find, latest
 from mtlrec.checkpoint.lease import Lease
 from mtlrec.checkpoint.manifest import Manifest, read_manifest
@@ -104,17 +105,11 @@ def open_run(
     schema = build_schema(job.schema_, job.model)
     _refuse_unknown_tables(job, schema)
     tolerance = job.data.tolerance
-    train = open_dataset(job.data.train, schema.columns(), tolerance)
+    data = _settle_data(url, job, schema, before, source, origin)
     measured = schema.for_measuring().columns()
     held_out = open_dataset(job.data.eval, measured, tolerance) if job.data.eval else None
-    if before is not None:
-        _refuse_changed_data(job, train, before)
-    anew: list[str] = []
     if origin is not None:
-        anew = fork.order_changes(job, train, origin)
-        if not anew:
-            fork.refuse_finished(url, job, origin)
-        order = "anew" if anew else "kept"
+        order = "anew" if data.anew else "kept"
         forked_from = {"run": source, "checkpoint": origin_url, "step": origin.meta["step"], "order": order}
     # Nothing has been written so far: a job that is refused leaves no trace.
     storage.check_writable(job.run.storage)
@@ -127,8 +122,10 @@ def open_run(
         if result is not None:
             lease.release()
             return result
-        show({"kind": "data", "role": "train", **overview(good_rows(train, schema, tolerance), schema)})
-        for lost in (unreadable_files(each) for each in (train, held_out) if each is not None):
+        if data.train is not None:
+            about = overview(good_rows(data.train, schema, tolerance), schema)
+            show({"kind": "data", "role": "train", **about})
+        for lost in (unreadable_files(each) for each in (data.train, held_out) if each is not None):
             if lost:
                 show({"kind": "log", "text": lost})
         if held_out is not None:
@@ -136,12 +133,13 @@ def open_run(
         if newest is not None:
             show({"kind": "log", "text": f"resuming {job.name} at step {newest.step:,} from {newest.url}"})
         elif forked_from is not None:
-            order = (
-                f"its order of rows starts anew: {'; '.join(anew)}" if anew else "its order of rows goes on"
-            )
+            why = f"starts anew: {'; '.join(data.anew)}" if data.anew else "goes on"
+            order = f"its order of rows {why}"
             text = f"forking {job.name} from {origin_url}, step {forked_from['step']:,}; {order}"
             show({"kind": "log", "text": text})
             storage.write(storage.join(url, fork.FORK), json.dumps(forked_from, indent=1).encode())
+        for record in data.records:
+            generations.replace_record(url, record)
         # From here on the run is not finished, whatever an earlier end has said.
         storage.remove(storage.join(url, RESULT))
         text = yaml.safe_dump(job.to_dict(), sort_keys=False)
@@ -149,7 +147,51 @@ def open_run(
     except BaseException:
         lease.release()
         raise
-    return Run(job.to_dict(), url, lease.attempt, train.fingerprint, forked_from), lease
+    fingerprint = data.train.fingerprint if data.train is not None else ""
+    return Run(job.to_dict(), url, lease.attempt, fingerprint, forked_from), lease
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What a run goes on with."""
+
+    train: Dataset | None
+    """None where all that is known of has been trained, and the run waits for more."""
+    anew: list[str]
+    """Why the order of a fork is not its source's."""
+    records: list[generations.Record]
+    """Generations to be written down once the run is ours: no checkpoint of this run knows of them yet."""
+
+
+def _settle_data(
+    url: str, job: Job, schema: Schema, before: Manifest | None, source: str | None, origin: Manifest | None
+) -> _Data:
+    """Open the training data. InputError where they are not what the run, or its source, was trained on."""
+    columns, tolerance = schema.columns(), job.data.tolerance
+    if job.data.follow is None:
+        whole = open_dataset(job.data.train, columns, tolerance)
+        if before is not None:
+            _refuse_changed_data(job, whole, before)
+        anew = fork.order_changes(job, whole, origin) if origin is not None else []
+        if origin is not None and not anew:
+            fork.refuse_finished(url, job, origin)
+        return _Data(whole, anew, [])
+    anew = fork.order_changes(job, None, origin) if origin is not None else []
+    known = before or origin
+    if known is None or anew:
+        first = generations.open_first(job.data.train, columns, tolerance)
+        return _Data(first, anew, [generations.record_of(0, first.index(), first.id_kinds)])
+    last, epoch = known.meta["position"]["generation"], known.meta["position"]["epoch"]
+    if before is not None:
+        records = generations.read_records(url, last)
+    elif source is not None and known.meta["job"]["data"].get("follow") is not None:
+        records = generations.read_records(source, last)
+    else:
+        records = [generations.record_of(0, known.meta["data"]["index"], {})]
+    train = None
+    if epoch < job.run.epochs:
+        train = generations.open_recorded(job.data.train, columns, records[-1], tolerance)
+    return _Data(train, anew, records if before is None else [])
 
 
 def open_checkpoint(
@@ -203,8 +245,12 @@ def finished_result(url: str, job: Job, newest: Checkpoint | None) -> dict[str, 
         result = json.loads(storage.read(storage.join(url, RESULT)))
     except (FileNotFoundError, ValueError):
         return None
+    if not isinstance(result, dict):
+        return None
+    if job.data.follow is not None and result.get("steps", 0) < (job.run.max_steps or math.inf):
+        return None  # there may be more by now
     # An older version did not write what it did not know.
-    fits = isinstance(result, dict) and {"evaluate": None, **result.get("asked", {})} == asked_of(job)
+    fits = {"evaluate": None, **result.get("asked", {})} == asked_of(job)
     return result if fits and newest is not None and result.get("checkpoint") == newest.url else None
 
 

@@ -44,7 +44,9 @@ class Saver:
         control: Control,
         journal: Journal,
     ) -> None:
-        self._run, self._feed, self._judge = run, feed, judge
+        self._run, self._judge = run, judge
+        self.feed = feed
+        """What is trained on now."""
         self._start, self._world, self._control, self._journal = start, world, control, journal
         self._snapshot = Snapshot(world.rank)
         self._saving: Saving | None = None
@@ -67,7 +69,7 @@ class Saver:
 
     def prepare(self, trainer: Trainer) -> None:
         """Take the memory that saving while training needs, where the job asks for that."""
-        run = self._feed.job.run
+        run = self.feed.job.run
         asked = run.checkpoint.every_steps or run.checkpoint.every_minutes or run.evaluate
         if run.checkpoint.mode == "async" and asked:
             self._snapshot.prepare(local_blocks(trainer.model), trainer.dense_tensors())
@@ -75,7 +77,7 @@ class Saver:
     def signals(self) -> tuple[bool, bool, bool]:
         """What this rank tells the others at every step: a save is wanted, one is being written, failed."""
         wanted, saving = self._control.should_save(), self._saving
-        minutes = self._feed.job.run.checkpoint.every_minutes
+        minutes = self.feed.job.run.checkpoint.every_minutes
         if minutes is not None and self._world.rank == 0 and saving is None:
             wanted = wanted or time.monotonic() - self._began >= 60 * minutes
         if saving is None:
@@ -95,7 +97,7 @@ class Saver:
 
     def is_due(self, step: int) -> bool:
         """After so many steps or minutes, at another's wish, or where this step is the best so far."""
-        every = self._feed.job.run.checkpoint.every_steps
+        every = self.feed.job.run.checkpoint.every_steps
         due = every is not None and step % every == 0
         return due or self._is_wanted or self._judge.best_step == step
 
@@ -113,13 +115,13 @@ class Saver:
         self._journal.report()
         self._journal.pause()
         self._began, self._step = time.monotonic(), trainer.step
-        feed = self._feed
+        feed = self.feed
         url = folder.checkpoint_url(self._run.url, trainer.step, self._start)
         meta = {
             "job": feed.job.to_dict(),
             "schema": feed.schema.to_dict(),
             "schema_fingerprint": feed.schema.fingerprint(),
-            "data": {"fingerprint": feed.dataset.fingerprint, "index": feed.dataset.index()},
+            "data": feed.about_data(),
             "step": trainer.step,
             "position": position.to_json(),
             "attempt": self._start,
@@ -175,7 +177,7 @@ class Saver:
         names = section.metric if section is not None else ()
         try:
             folder.sweep(self._run.url, self._start)
-            folder.retain(self._run.url, self._feed.job.run.checkpoint.keep_last, names=names)
+            folder.retain(self._run.url, self.feed.job.run.checkpoint.keep_last, names=names)
         except (InputError, StorageError) as error:
             # The new checkpoint is complete, and the next save tries again.
             self._left_behind.append(f"old checkpoints could not be removed: {error}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 from mtlrec import storage, watchdog
@@ -15,10 +16,14 @@ from mtlrec.checkpoint.save import finish
 from mtlrec.checkpoint.starts import claim_start
 from mtlrec.control import Control
 from mtlrec.data.order import Position
+from mtlrec.data.reader import Reader
+from mtlrec.data.shards import Dataset
 from mtlrec.distributed import World, all_ok, broadcast_bytes
 from mtlrec.evaluate import Measured, evaluate
 from mtlrec.feed import Feed, open_feed
+from mtlrec.following import Following, decay_state
 from mtlrec.job.errors import InputError
+from mtlrec.job.job import job_from_dict
 from mtlrec.journal import Journal
 from mtlrec.judge import Judge
 from mtlrec.lockstep import in_step, together
@@ -41,8 +46,7 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
             {"kind": "log", "text": f"start {number} of this run, from {checkpoint or 'its beginning'}"}
         )
     start = together(world, lambda: read_manifest(checkpoint)) if checkpoint else None
-    feed = open_feed(run, world, control, checkpoint, start)
-    job = feed.job
+    job = job_from_dict(run.job, run.url)
     judge = Judge(job.run.evaluate)
     position, step, skipped = Position.start(job.data.lanes), 0, Skipped()
     if start is not None:
@@ -56,11 +60,12 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
             kept = together(world, lambda: _best(run.url, judge))
             if kept is not None:
                 judge.best, judge.best_step = kept["score"], kept["step"]
-    with feed.reader(position, step, world) as reader, ExitStack() as stack:
+    feed = open_feed(run, world, control, position, checkpoint, start)
+    job = feed.job
+    with ExitStack() as stack:
         # The reader fills its first windows while the model is built.
+        reader = stack.enter_context(feed.reader(position, step, world)) if feed.is_open else None
         trainer = assemble(job, feed.schema, world, run.url, checkpoint, start, forks)
-        total = trainer.step + reader.steps_left(position)
-        total = min(total, job.run.max_steps) if job.run.max_steps else total
         parameters = _parameters(trainer)
         if world.rank == 0:
             tables, dense = trainer.model.plan_table(), parameters["dense"]
@@ -75,59 +80,40 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
             world,
             control,
             step=trainer.step,
-            total_steps=total,
+            total_steps=trainer.step,
             every_s=job.run.report_every_s,
             record_rows=job.run.record_rows,
             skipped=skipped,
         )
         guard = Guard(job.run, feed.schema, world, control, skipped)
         saver = stack.enter_context(Saver(run, feed, judge, number, world, control, journal))
-        saved, measured, stopped = checkpoint, None, False
-        if judge.is_over and world.rank == 0:
+        # Another run's checkpoint is not this one's, though it stands at the same step.
+        saved = None if forks else checkpoint
+        session = _Session(world, control, trainer, judge, journal, guard, saver, position, saved)
+        if judge.is_over:
             text = f"nothing has become better for {judge.since} measurements by step {trainer.step:,}"
-            control.show({"kind": "log", "text": f"{text}: a larger run.evaluate.patience goes on"})
-        if trainer.step < total and not judge.is_over:
+            if world.rank == 0:
+                control.show({"kind": "log", "text": f"{text}: a larger run.evaluate.patience goes on"})
+        else:
             saver.prepare(trainer)
-            signals = lambda: (control.should_stop(), journal.due(), *saver.signals())  # noqa: E731
-            amounts = (len(tasks) + 2, trainer.objective.amounts)
-            tally = feed.tally()
-            for batch, totals in in_step(reader, world, signals, amounts):
-                stop, report, *saving = totals.signals
-                if tally is not None:
-                    tally.add(position, batch.position, totals.rows)
-                journal.start_step()
-                done = trainer.train_step(batch, totals)
-                guard.consider(trainer.step, position, totals.rows, feed.dataset, done.evidence)
-                journal.end_step(batch, totals, done.losses if done.evidence is None else None)
-                saver.advance(*saving)
-                before, position = position, batch.position
-                saved, measured, ended = None, None, trainer.step == total
-                if judge.is_due(trainer.step, before, position, ended):
-                    journal.report()
-                    journal.pause()
-                    try:
-                        measured = _measure(trainer, feed, judge, world, control)
-                    except InputError:
-                        # The data to measure on are wrong, not what was learnt since the last checkpoint.
-                        saver.save(trainer, position, None, last=True)
-                        raise
-                    journal.scalars(_scalars(measured[0]))
-                    ended = ended or judge.is_over
-                stopped = stop and not ended
-                if report or stopped or ended:
-                    journal.report()
-                if saver.is_due(trainer.step):
-                    saved = saver.save(trainer, position, measured, last=stopped or ended)
-                if stopped or ended:
-                    break
-    journal.pause()
-    saved = saved or saver.save(trainer, position, measured, last=True)
-    saver.drain()
+        following = None
+        if job.data.follow is not None:
+            following = Following(job, feed.schema, run.url, world, control)
+            if feed.is_open:
+                following.note(position.generation, feed.dataset, trainer.step, None)
+        if reader is not None:
+            session.train_on(feed, reader)
+            reader.close()
+        if following is not None:
+            session.follow(following, feed)
+        session.save()
+    saved, measured, stopped = session.saved, session.measured, session.stopped
+    assert saved is not None
     if not stopped and measured is None and job.data.eval:
         measured = _evaluate(trainer, feed, world, control)
         if world.rank == 0:
             finish(saved, measured[0])
-        journal.scalars(_scalars(measured[0]))
+        journal.scalars(_scalars("eval", measured[0]))
     metrics, ideal, _ = measured or (None, None, None)
     result: dict[str, Any] = {
         "run_dir": run.url,
@@ -144,6 +130,7 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
         "metrics": metrics,
         "ideal": ideal,
         "best": _best(run.url, judge) if world.rank == 0 else None,
+        "generations": following.seen if following is not None else None,
         "asked": asked_of(job),
     }
     if world.rank == 0 and not stopped:
@@ -151,6 +138,105 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
     journal.close()
     all_ok(None, world)
     return result
+
+
+@dataclass
+class _Session:
+    """One start of a run: what its passes over data share, and where it stands. Every rank has one."""
+
+    world: World
+    control: Control
+    trainer: Trainer
+    judge: Judge
+    journal: Journal
+    guard: Guard
+    saver: Saver
+    position: Position
+    saved: str | None
+    """The run's checkpoint of this very step, if there is one."""
+    measured: Measured | None = None
+    """Of this very step, on data.eval."""
+    stopped: bool = False
+    """The run ends because it was asked to."""
+
+    def train_on(self, feed: Feed, reader: Reader) -> None:
+        """Train to the end of the reader's data, or until the run is stopped or over."""
+        trainer, journal, saver, judge = self.trainer, self.journal, self.saver, self.judge
+        total = trainer.step + reader.steps_left(self.position)
+        most = feed.job.run.max_steps
+        total = min(total, most) if most else total
+        journal.expect(total)
+        if trainer.step >= total or judge.is_over:
+            return
+        saver.feed = feed
+        signals = lambda: (self.control.should_stop(), journal.due(), *saver.signals())  # noqa: E731
+        amounts = (len(feed.schema.tasks) + 2, trainer.objective.amounts)
+        tally = feed.tally()
+        for batch, totals in in_step(reader, self.world, signals, amounts):
+            stop, report, *saving = totals.signals
+            if tally is not None:
+                tally.add(self.position, batch.position, totals.rows)
+            journal.start_step()
+            done = trainer.train_step(batch, totals)
+            self.guard.consider(trainer.step, self.position, totals.rows, feed.dataset, done.evidence)
+            journal.end_step(batch, totals, done.losses if done.evidence is None else None)
+            saver.advance(*saving)
+            before, self.position = self.position, batch.position
+            self.saved, self.measured, ended = None, None, trainer.step == total
+            if judge.is_due(trainer.step, before, self.position, ended):
+                journal.report()
+                journal.pause()
+                try:
+                    self.measured = _measure(trainer, feed, judge, self.world, self.control)
+                except InputError:
+                    # The data to measure on are wrong, not what was learnt since the last checkpoint.
+                    saver.save(trainer, self.position, None, last=True)
+                    raise
+                journal.scalars(_scalars("eval", self.measured[0]))
+                ended = ended or judge.is_over
+            self.stopped = stop and not ended
+            if report or self.stopped or ended:
+                journal.report()
+            if saver.is_due(trainer.step):
+                self.saved = saver.save(trainer, self.position, self.measured, last=self.stopped or ended)
+            if self.stopped or ended:
+                break
+        journal.pause()
+
+    def follow(self, following: Following, feed: Feed) -> None:
+        """Train on one generation after the other, as they come, behind that of `feed`.
+
+        Each is first measured on, then trained on. What was learnt before is saved before anything of a
+        generation changes the model, so that a restart begins the generation once more, from the same state.
+        """
+        trainer, world, section = self.trainer, self.world, feed.job.data.follow
+        assert section is not None
+        most = feed.job.run.max_steps
+        while not (self.stopped or self.judge.is_over or (most is not None and trainer.step >= most)):
+            self.save()
+            number = self.position.generation + 1
+            dataset = following.wait(number)
+            if dataset is None:
+                self.stopped = following.stopped
+                break
+            feed, self.position = (
+                feed.next(dataset, world, self.control),
+                Position.start(feed.job.data.lanes, number),
+            )
+            metrics = None
+            if section.evaluate:
+                metrics = _evaluate(trainer, feed, world, self.control, dataset).metrics
+                self.journal.scalars(_scalars("generation", metrics))
+            following.note(number, dataset, trainer.step, metrics)
+            if section.state_decay < 1:
+                decay_state(trainer.model, section.state_decay)
+            with feed.reader(self.position, trainer.step, world) as reader:
+                self.train_on(feed, reader)
+
+    def save(self) -> None:
+        """See to it that there is a complete checkpoint of this very step."""
+        self.saved = self.saved or self.saver.save(self.trainer, self.position, self.measured, last=True)
+        self.saver.drain()
 
 
 def _measure(trainer: Trainer, feed: Feed, judge: Judge, world: World, control: Control) -> Measured:
@@ -168,18 +254,23 @@ def _measure(trainer: Trainer, feed: Feed, judge: Judge, world: World, control: 
     return measured
 
 
-def _evaluate(trainer: Trainer, feed: Feed, world: World, control: Control) -> Measured:
+def _evaluate(
+    trainer: Trainer, feed: Feed, world: World, control: Control, dataset: Dataset | None = None
+) -> Measured:
+    """Score `dataset`, or else data.eval. A collective."""
     data, known = feed.job.data, feed.vocabularies
-    assert data.eval is not None
+    url = data.eval if dataset is None else dataset.url
+    assert url is not None
     return evaluate(
         trainer.model,
         feed.schema,
-        data.eval,
+        url,
         data.batch_size,
         world,
         control,
         vocabularies=known,
         tolerance=data.tolerance,
+        dataset=dataset,
     )
 
 
@@ -219,9 +310,9 @@ def _agree_on_start(run: Run, world: World) -> tuple[str | None, int, bool]:
     return url, number, forks
 
 
-def _scalars(metrics: dict[str, Any]) -> dict[str, float]:
+def _scalars(kind: str, metrics: dict[str, Any]) -> dict[str, float]:
     return {
-        f"eval/{scenario}/{task}/{name}": float(value)
+        f"{kind}/{scenario}/{task}/{name}": float(value)
         for scenario, by_task in metrics.items()
         for task, numbers in by_task.items()
         for name, value in numbers.items()

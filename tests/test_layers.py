@@ -18,13 +18,13 @@ LAYERS = """
     data.statistics data.label_statistics data.overview data.population data.synthetic data.prepare
     checkpoint.layout checkpoint.folder checkpoint.manifest checkpoint.ranges checkpoint.lease
     checkpoint.starts checkpoint.inspect
-    fork preflight judge doctor control display compare stopping
+    fork generations preflight judge doctor control display compare stopping
     ---
     quiet distributed batch data.reader lockstep share vocabularies interactions
     model optimizers plan sharding objective
     checkpoint.tensors checkpoint.vocabularies checkpoint.parts checkpoint.snapshot checkpoint.save
     checkpoint.load
-    safety assembly feed evaluate predict journal saver train actions
+    safety assembly feed evaluate predict journal saver following train actions
     ---
     ray_worker ray_driver launch commands cli
 """

@@ -102,6 +102,12 @@ def check_alike(
                 )
 
 
+def id_kinds(schema: pa.Schema, columns: Sequence[Column]) -> dict[str, str]:
+    """What the columns of ids hold, as `check_alike` tells them apart."""
+    ids = (column.name for column in columns if column.holds in ("id", "id_list"))
+    return {name: _family(schema.field(name).type) for name in ids}
+
+
 def leaves_of(
     footer: pq.FileMetaData, schema: pa.Schema, columns: Collection[str]
 ) -> tuple[list[int], list[str]]:

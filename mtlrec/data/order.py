@@ -30,8 +30,9 @@ class Position:
     """Rows of each lane that were trained in this epoch."""
 
     @classmethod
-    def start(cls, lanes: int) -> Position:
-        return cls(0, 0, (0,) * lanes)
+    def start(cls, lanes: int, generation: int = 0) -> Position:
+        """Before the first row of a generation."""
+        return cls(generation, 0, (0,) * lanes)
 
     def to_json(self) -> dict[str, Any]:
         return {"generation": self.generation, "epoch": self.epoch, "done": list(self.done)}

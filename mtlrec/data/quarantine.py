@@ -12,7 +12,7 @@ import heapq
 import json
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -165,12 +165,14 @@ class Tally:
         return bad
 
 
-def open_dataset(url: str, columns: Sequence[Column], tolerance: float | None) -> Dataset:
-    """`Dataset.open`; with a `tolerance`, files that cannot be read are left out.
+def open_dataset(
+    url: str, columns: Sequence[Column], tolerance: float | None, only: Collection[str] | None = None
+) -> Dataset:
+    """`Dataset.open` (of the shards `only`); with a `tolerance`, files that cannot be read are left out.
 
     Raises InputError as that does, and where such files hold more than that share of all bytes.
     """
-    dataset = Dataset.open(url, columns, skip_unreadable=tolerance is not None)
+    dataset = Dataset.open(url, columns, skip_unreadable=tolerance is not None, only=only)
     lost = [shard for shard in dataset.shards if shard.problem]
     share = sum(shard.size for shard in lost) / max(sum(shard.size for shard in dataset.shards), 1)
     if tolerance is not None and share > tolerance:

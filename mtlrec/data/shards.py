@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,20 +90,31 @@ class Dataset:
     """Of names below the folder, sizes and footers: a copy elsewhere has the same."""
     types: dict[str, str]
     """Arrow type of each column that was asked for, as the first shard has it."""
+    id_kinds: dict[str, str]
+    """Of each column of ids that was asked for: "integers", or "strings or binary"."""
     _footers: OrderedDict[int, pq.FileMetaData] = field(default_factory=OrderedDict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @classmethod
-    def open(cls, url: str, columns: Sequence[Column], skip_unreadable: bool = False) -> Dataset:
+    def open(
+        cls,
+        url: str,
+        columns: Sequence[Column],
+        skip_unreadable: bool = False,
+        only: Collection[str] | None = None,
+    ) -> Dataset:
         """List the shards in a folder (or take one file), read their footers, check the columns' types.
 
         Every file counts but those under a name that begins with _ or a dot. Raises InputError, in one line,
         for a missing or empty folder, no rows, a file that is not Parquet (with `skip_unreadable` it becomes
         a shard without rows that says its `problem`), and, naming file and column, a column that is missing
-        or of a type that it may not have.
+        or of a type that it may not have. only: relative paths of the shards that count; null: all.
         """
         url = storage.make_absolute(url, ".")
-        files = [file for file in storage.list_files(url) if not _is_hidden(file.path)]
+        files = list_shards(url)
+        if only is not None:
+            chosen = frozenset(only)
+            files = [file for file in files if file.path in chosen]
         if not files:
             found = storage.exists(url)
             raise InputError(
@@ -149,6 +160,7 @@ class Dataset:
             int(ends[-1]),
             _fingerprint(shards),
             {column.name: str(schema.field(column.name).type) for column in columns},
+            column_types.id_kinds(schema, columns),
         )
 
     def where(self, group: int) -> str:
@@ -292,6 +304,17 @@ class _Tails:
 
 
 _TAILS = _Tails(64 * 2**20)
+
+
+def list_shards(url: str) -> list[storage.File]:
+    """The files of the data set at `url`, by relative path: all but those under a name that begins with _ or
+    a dot."""
+    return [file for file in storage.list_files(url) if not _is_hidden(file.path)]
+
+
+def rows_of(file: storage.File) -> int:
+    """Rows that a shard holds, by its footer. Raises Unreadable where it has none, as while it is written."""
+    return int(_read_footer(file)[0].num_rows)
 
 
 def _is_hidden(path: str) -> bool:

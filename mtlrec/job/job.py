@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from mtlrec.job.describe import describe
 from mtlrec.job.errors import InputError
+from mtlrec.job.follow import FollowSection, allow_switch, switch
 from mtlrec.job.metric import check_metrics
 from mtlrec.job.model import Factorization, ModelSection, Tower
 from mtlrec.job.optimizer import OptimizerSection
@@ -60,6 +61,11 @@ class DataSection(Section):
     for then it is the schema that is wrong."""
     negatives: NegativesSection | None = None
     """Null: rows are trained as they are."""
+    follow: Annotated[FollowSection | None, BeforeValidator(switch)] = Field(
+        default=None, json_schema_extra=allow_switch
+    )
+    """Null or false: the shards that are there when the run starts are all. Else those that appear later are
+    trained as they come."""
 
     @property
     def tolerance(self) -> float | None:
@@ -176,6 +182,16 @@ class Job(Section):
             )
             kinds = {name: task.kind for name, task in self.schema_.tasks.items()}
             check_metrics(self.run.evaluate.metric, scenarios, kinds, self.schema_.user is not None)
+        return self
+
+    @model_validator(mode="after")
+    def _decay_has_a_state(self) -> Job:
+        follow, kind = self.data.follow, self.optimizer.tables.kind
+        if follow is not None and follow.state_decay < 1 and kind not in ("rowwise_adagrad", "adagrad"):
+            raise ValueError(
+                f"data.follow.state_decay: {kind} has no Adagrad state to decay; leave it at 1, or use "
+                "optimizer.tables.kind rowwise_adagrad or adagrad"
+            )
         return self
 
     @model_validator(mode="after")

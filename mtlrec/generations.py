@@ -1,0 +1,235 @@
+"""The sets of shards that a run which follows its data trains one after the other. Needs no torch.
+
+RUN/generations/3.json            its shards, written before it is trained
+RUN/generations/3.metrics.json    what the model scored on it before it was trained on it
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mtlrec import storage
+from mtlrec.data.quarantine import open_dataset
+from mtlrec.data.shards import Dataset, Unreadable, list_shards, rows_of
+from mtlrec.job.errors import InputError
+from mtlrec.job.follow import FollowSection
+from mtlrec.schema import Column
+
+FOLDER = "generations"
+Record = dict[str, Any]
+"""`generation` and what `Dataset.index` gives, with `id_kinds` and `found_at` (UTC)."""
+
+
+def record_url(run_url: str, number: int) -> str:
+    return storage.join(run_url, FOLDER, f"{number}.json")
+
+
+def record_of(number: int, index: dict[str, Any], id_kinds: dict[str, str]) -> Record:
+    """A generation as it is written down. index: of its data set."""
+    found_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"generation": number, "found_at": found_at, **index, "id_kinds": id_kinds}
+
+
+def read_record(run_url: str, number: int) -> Record | None:
+    """The generation's record; None where there is none."""
+    url = record_url(run_url, number)
+    try:
+        record = json.loads(storage.read(url))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or record.get("generation") != number or "shards" not in record:
+        raise InputError(f"{url}: not the record of a generation; restore the file")
+    return record
+
+
+def read_records(run_url: str, last: int) -> list[Record]:
+    """Those of generations 0 to `last`, which must all be there."""
+    records = []
+    for number in range(last + 1):
+        record = read_record(run_url, number)
+        if record is None:
+            raise InputError(f"{record_url(run_url, number)}: missing; restore the file")
+        records.append(record)
+    return records
+
+
+def create_record(run_url: str, record: Record) -> None:
+    """Write a generation down. InputError where that number has been given to other shards."""
+    number = record["generation"]
+    if storage.create(record_url(run_url, number), _dump(record)):
+        return
+    # A create that was repeated after a lost answer finds its own first try.
+    if (read_record(run_url, number) or {}).get("fingerprint") != record["fingerprint"]:
+        raise InputError(
+            f"{record_url(run_url, number)}: another driver has written this generation meanwhile"
+        )
+
+
+def replace_record(run_url: str, record: Record) -> None:
+    """Write down a generation that no checkpoint knows of yet."""
+    storage.write(record_url(run_url, record["generation"]), _dump(record))
+
+
+def write_metrics(run_url: str, number: int, step: int, metrics: dict[str, Any]) -> None:
+    """Keep what the model scored at `step`, before it was trained on the generation."""
+    url = storage.join(run_url, FOLDER, f"{number}.metrics.json")
+    storage.write(url, _dump({"generation": number, "step": step, "metrics": metrics}))
+
+
+def open_first(url: str, columns: Sequence[Column], tolerance: float | None) -> Dataset:
+    """The shards that are there: generation 0.
+
+    One whose footer cannot be read may still be in the writing: with a `tolerance` it is left to a later
+    generation. Raises InputError as `open_dataset` does.
+    """
+    dataset = open_dataset(url, columns, tolerance)
+    if not any(shard.problem for shard in dataset.shards):
+        return dataset
+    return open_dataset(url, columns, None, [shard.path for shard in dataset.shards if not shard.problem])
+
+
+def open_recorded(url: str, columns: Sequence[Column], record: Record, tolerance: float | None) -> Dataset:
+    """The shards of a generation, which must be as they were when it was written down."""
+    number = record["generation"]
+    paths = [shard["path"] for shard in record["shards"]]
+    cure = f"generation {number} has still to be trained on; put them back as they were"
+    there = {file.path for file in list_shards(url)}
+    if gone := [path for path in paths if path not in there]:
+        raise InputError(f"{url}: {_some(gone)} of {len(paths)} shards gone, which {cure}")
+    dataset = open_dataset(url, columns, tolerance, paths)
+    if dataset.fingerprint != record["fingerprint"]:
+        raise InputError(f"{url}: shards have changed ({dataset.describe_change(record)}), which {cure}")
+    return dataset
+
+
+@dataclass
+class _Fresh:
+    """A file that no generation has."""
+
+    size: int
+    since: float
+    """When it was first seen in this size."""
+    problem: str = ""
+    """Why its footer could not be read."""
+
+
+class Watch:
+    """Looks for shards that no generation of the run has yet. One process has one, and calls it by itself.
+
+    url, columns, tolerance: as for `open_dataset`. say: is given a line about what is passed over.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        columns: Sequence[Column],
+        section: FollowSection,
+        run_url: str,
+        tolerance: float | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self._url, self._columns, self._section, self._say = url, columns, section, say
+        self._tolerance = tolerance
+        self._fresh: dict[str, _Fresh] = {}
+        self._passed: dict[str, int] = {}
+        """Files that are left out, and their sizes then."""
+        self._sizes: dict[str, int] = {}
+        """Of the files of all generations."""
+        self._id_kinds: dict[str, str] = {}
+        names = [Path(file.path).stem for file in storage.list_files(storage.join(run_url, FOLDER), ".json")]
+        for number in sorted(int(name) for name in names if name.isdecimal()):
+            self._remember(read_record(run_url, number) or {"shards": []})
+
+    @property
+    def is_quiet(self) -> bool:
+        """The last look saw no file that may be taken at the next."""
+        return all(fresh.problem for fresh in self._fresh.values())
+
+    @property
+    def unfinished(self) -> list[str]:
+        """Files that were seen and whose footer cannot be read."""
+        return [path for path, fresh in self._fresh.items() if fresh.problem]
+
+    def look(self, number: int) -> Record | None:
+        """The record of generation `number`, not written yet, where shards are there that it can be made of.
+
+        To be called every `poll_s` seconds. Raises InputError for a shard that does not fit the schema, or
+        ids of another kind than before, and for one that stays unreadable where bad rows are an error.
+        """
+        ready = self._ready()
+        if not ready:
+            return None
+        dataset = open_dataset(self._url, self._columns, None, ready)
+        for column, kind in dataset.id_kinds.items():
+            if (before := self._id_kinds.get(column, kind)) != kind:
+                raise InputError(
+                    f"{dataset.shards[0].url}: column {column!r} holds {kind}, but {before} in the shards "
+                    "before; the ids of a column must be of one kind in every file"
+                )
+        record = record_of(number, dataset.index(), dataset.id_kinds)
+        self._remember(record)
+        return record
+
+    def _ready(self) -> list[str]:
+        """New files that are whole, by name."""
+        now = time.monotonic()
+        ready, seen = [], {}
+        for file in list_shards(self._url):
+            path, size = file.path, file.size
+            if path in self._sizes:
+                if self._sizes[path] != size:
+                    self._say(f"{file.url}: changed after it was taken for a generation; it is passed over")
+                    self._sizes[path] = size
+                continue
+            if self._passed.get(path) == size:
+                continue
+            fresh = self._fresh.get(path)
+            if fresh is None or fresh.size != size:
+                seen[path] = _Fresh(size, now)
+                continue
+            try:
+                rows = rows_of(file)
+            except Unreadable as error:
+                if now - fresh.since < self._section.unreadable_s:
+                    seen[path] = _Fresh(size, fresh.since, error.problem)
+                    continue
+                text = f"{error}; it has not changed for {now - fresh.since:.0f} s (data.follow.unreadable_s)"
+                if self._tolerance is None:
+                    raise InputError(text) from None
+                self._say(f"left out: {text}")
+                self._passed[path] = size
+            except InputError:
+                if storage.exists(file.url):
+                    raise
+                # Removed since it was listed.
+            else:
+                if rows:
+                    ready.append(path)
+                    seen[path] = fresh
+                else:
+                    self._passed[path] = size
+        self._fresh = seen
+        return ready
+
+    def _remember(self, record: Record) -> None:
+        for shard in record["shards"]:
+            self._sizes[shard["path"]] = shard["size"]
+            self._fresh.pop(shard["path"], None)
+        self._id_kinds = {**record.get("id_kinds", {}), **self._id_kinds}
+
+
+def _dump(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, indent=1).encode()
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"
