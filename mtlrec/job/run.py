@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from mtlrec.job.section import Section
 
@@ -58,10 +58,17 @@ class WorkersSection(Section):
         return self
 
 
+Workers = Annotated[
+    Annotated[int, Field(ge=0, le=MAX_WORKERS), Tag("number")] | Annotated[WorkersSection, Tag("elastic")],
+    # A mistake is told of what was meant, not of both.
+    Discriminator(lambda value: "elastic" if isinstance(value, dict | WorkersSection) else "number"),
+]
+
+
 class RunSection(Section):
     storage: str = "runs"
     """Folder of run folders, a path or a URL. The run's own folder in it has the job's name."""
-    workers: Annotated[int, Field(ge=0, le=MAX_WORKERS)] | WorkersSection = 2
+    workers: Workers = 2
     """Ray Train workers; 0: one plain process, without Ray; {min, max}: as many as there is room for."""
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = Field(default=1, ge=1)

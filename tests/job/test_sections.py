@@ -97,6 +97,11 @@ REFUSED = [
     ("run.evaluate.every_steps=0", "run.evaluate.every_steps:", "greater than"),
     ("run.evaluate={metric: [rank/auc], every_steps: 3, every_epochs: 1}", "run.evaluate", "not both"),
     ("run.seeds=[]", "run.seeds:", "at least 1"),
+    ("run.workers=-1", "run.workers:", "greater than or equal to 0"),
+    ("run.workers={min: 0, max: 2}", "run.workers.min:", "greater than or equal to 1"),
+    ("run.workers={max: 2}", "run.workers.min:", "required"),
+    ("run.workers={min: 3, max: 2}", "run.workers: min 3", "max 2"),
+    ("run.workers={min: 1, max: 99}", "run.workers: 99 is more than data.lanes", "fewer workers"),
 ]
 
 
@@ -111,6 +116,12 @@ def test_what_does_not_fit_is_one_line(override: str, start: str, end: str) -> N
     message = str(caught.value)
     assert start in message and end in message.split(start)[1], message
     assert "\n" not in message and message.startswith("job.yaml: ")
+
+
+def test_workers_are_a_number_or_bounds() -> None:
+    assert parse().run.fewest_workers == parse().run.most_workers == parse().run.workers
+    elastic = parse("run.workers={min: 1, max: 3}").run
+    assert (elastic.fewest_workers, elastic.most_workers) == (1, 3)
 
 
 def test_metrics_by_user_need_a_user() -> None:
