@@ -10,11 +10,13 @@ median and its least and greatest value over the repeats. Two workers (plain glo
   Before reading, the files are dropped from the page cache, for both.
 - `memory`: a worker's peak resident memory while a checkpoint is copied and written, less what it had before,
   as a share of the bytes of its own rows. Of both workers the greater one.
-- `stall`: real training (`mtlrec.train`) on tables of that size, in stretches of 200 steps, every other one
-  with a checkpoint begun at its start: how much longer such a stretch takes than the one before it.
-  `copy_s` is the part of it in which nothing else happens: the copy into host memory.
+- `stall`: real training (`mtlrec.train`) on such tables, in stretches of steps, every other one with a
+  checkpoint begun at its start, which is complete before its end: how much longer such a stretch takes than
+  the one before it, as a share of 200 steps. `stall_cpu`: the same in a worker's processor time, all its
+  threads; on a machine whose cores have other work too, that is what can be told apart. `copy_s` is the part
+  in which nothing else happens: the copy into host memory.
 
-4 GiB take about half an hour and 20 GiB on the disk, `--quick` (a few MiB, to see that it runs) 30 s.
+4 GiB take half an hour and 20 GiB on the disk, `--quick` (a few MiB, to see that it runs) 30 s.
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ from tests.distributed.processes import Results, run_processes
 
 HERE = "benchmarks.checkpoint"
 WORKERS = 2
-STRETCH = 200
-"""Steps of training between two checkpoints."""
+EVERY_STEPS = 200
+"""Of training, for each checkpoint: what `stall` is a share of."""
 DIM = 128
 TABLES = 8
 
@@ -51,13 +53,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--gib", type=float, default=4.0, help="bytes of all tables")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch", type=int, default=16_384, help="rows of a step, over both workers")
+    parser.add_argument("--stretch", type=int, default=EVERY_STEPS, help="steps that are timed together")
     parser.add_argument("--folder", type=Path, help="where to write; default: the folder of temporary files")
     parser.add_argument("--only", choices=("copies", "stall"), help="one half of the figures")
     parser.add_argument("--quick", action="store_true")
     asked = parser.parse_args(arguments)
     if asked.quick:
-        asked.gib, asked.repeats, asked.batch = 1 / 64, 2, 256
-    stretch = 20 if asked.quick else STRETCH
+        asked.gib, asked.repeats, asked.batch, asked.stretch = 1 / 64, 2, 256, 20
     found: dict[str, Any] = {"gib": asked.gib, "workers": WORKERS, "repeats": asked.repeats}
     with tempfile.TemporaryDirectory(prefix="mtlrec-benchmark-", dir=asked.folder) as scratch:
         folder = Path(scratch)
@@ -68,7 +70,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             found |= _ratios(results)
             shutil.rmtree(folder / "copies")
         if asked.only != "copies":
-            found |= _stall(folder, rows, asked.batch, stretch, asked.repeats)
+            found |= _stall(folder, rows, asked.batch, asked.stretch, asked.repeats)
     print(json.dumps(found))
     return found
 
@@ -248,38 +250,45 @@ def _stall(folder: Path, rows: int, batch: int, stretch: int, repeats: int) -> d
     }
     call = {"run": run, "stretch": stretch}
     results = run_processes(f"{HERE}:training", WORKERS, folder / "2", call, timeout=7200)
-    times = np.array(results[0]["times"])
-    # The first stretch, with its cold caches, is left out; then one without a checkpoint, one with.
-    lengths = [float(length) for length in np.diff(times[::stretch])[1:]]
-    without, with_one = lengths[0::2], lengths[1::2]
-    assert len(without) == len(with_one) == repeats
-    return {
-        "stall": _spread([one / other - 1 for one, other in zip(with_one, without, strict=True)]),
-        "step_s": round(statistics.median(without) / stretch, 4),
-        "checkpoint_s": _spread([one - other for one, other in zip(with_one, without, strict=True)]),
-        "copy_s": _spread(results[0]["copies"]),
-        "write_s": _spread(results[0]["writes"]),
-    }
+    # [workers, steps]; the first stretch, with its cold caches, is left out.
+    wall, cpu = (
+        np.diff(np.array([each[clock] for each in results])[:, ::stretch])[:, 1:] for clock in ("wall", "cpu")
+    )
+    assert wall.shape == (WORKERS, 2 * repeats)
+    copies, writes = results[0]["copies"], results[0]["writes"]
+    assert max(writes) < min(wall[0, 1::2]), f"{writes} s to write: take longer stretches"
+    found: dict[str, Any] = {"stretch": stretch, "batch": batch}
+    for name, lengths in (("stall", wall[0]), ("stall_cpu", cpu.mean(axis=0))):
+        # One without a checkpoint, then one with.
+        without, more = lengths[0::2], lengths[1::2] - lengths[0::2]
+        found[name] = _spread([each / EVERY_STEPS for each in more / without * stretch])
+    found["step_s"] = round(float(np.median(wall[0, 0::2])) / stretch, 4)
+    found["step_cpu_s"] = round(float(np.median(cpu[:, 0::2])) / stretch, 4)
+    return found | {"copy_s": _spread(copies), "write_s": _spread(writes)}
 
 
 def training(world: Any, run: dict[str, Any], stretch: int) -> Results:
-    """In a worker: train, with a checkpoint at the start of every other stretch. When each step began."""
+    """In a worker: train, with a checkpoint at the start of every other stretch.
+
+    `wall`, `cpu`: this process's clocks before each step. Seconds of each copy, and until each was complete.
+    """
     from mtlrec.checkpoint.snapshot import Snapshot
     from mtlrec.control import Silent
     from mtlrec.preflight import Run
     from mtlrec.train import train
 
-    found: dict[str, list[float]] = {"times": [], "copies": [], "writes": []}
+    found: dict[str, list[float]] = {"wall": [], "cpu": [], "copies": [], "writes": []}
     began: list[float] = []
 
     class Clock(Silent):
         def should_stop(self) -> bool:
-            found["times"].append(time.perf_counter())
+            found["wall"].append(time.perf_counter())
+            found["cpu"].append(time.process_time())
             return False
 
         def should_save(self) -> bool:
             # Asked before the step of this number; the save comes after it.
-            step = len(found["times"])
+            step = len(found["wall"])
             return step > 1 and step % (2 * stretch) == 1
 
         def report(self, metrics: dict[str, float], checkpoint: str) -> None:
