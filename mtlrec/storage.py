@@ -34,6 +34,8 @@ from mtlrec.s3 import plain_errors
 
 _PART_BYTES = 16 * 2**20
 """Of an object while it is written: 10,000 parts make 160 GB."""
+_UNFINISHED = ".unfinished"
+"""On disk, the end of a file's name until it is whole."""
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -391,6 +393,22 @@ def list_uploads(url: str) -> list[str]:
         return sorted(s3.list_uploads(url))
 
 
+def remove_unfinished(url: str, keep: str = "") -> list[str]:
+    """Remove what writers that were killed have left at or below a folder on disk; returns the paths.
+
+    For whoever knows that nobody else writes there, but to files of the name `keep`. On object storage
+    nothing is to be seen of an unfinished write but `list_uploads`.
+    """
+    path, removed = local_path(url), []
+    if path is not None:
+        with plain_errors(url, "swept"):
+            for found in sorted(path.rglob(f".*{_UNFINISHED}")):
+                if not (keep and found.name.startswith(f".{keep}.")):
+                    found.unlink(missing_ok=True)
+                    removed.append(str(found))
+    return removed
+
+
 def take_retries() -> dict[str, int]:
     """How often this process had to try something again since the last call, by why."""
     return TALLY.take()
@@ -412,7 +430,7 @@ def check_writable(url: str) -> None:
 
 
 def _unfinished(path: Path) -> Path:
-    return path.with_name(f".{path.name[:200]}.{secrets.token_hex(6)}.unfinished")
+    return path.with_name(f".{path.name[:200]}.{secrets.token_hex(6)}{_UNFINISHED}")
 
 
 def _sync_folder(path: Path) -> None:

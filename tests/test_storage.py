@@ -6,6 +6,8 @@ import errno
 import os
 import resource
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -423,3 +425,22 @@ def test_not_text(tmp_path: Path) -> None:
     storage.write(str(tmp_path / "file"), b"\xff\xfe")
     with pytest.raises(InputError, match="UTF-8"):
         storage.read_text(str(tmp_path / "file"))
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    script = """
+import os, sys
+from mtlrec import storage
+with storage.write_stream(sys.argv[1]) as file:
+    file.write(b"half")
+    os._exit(9)
+"""
+    for name in ("rows/one.npy", "attempts/2.json"):
+        subprocess.run([sys.executable, "-c", script, str(tmp_path / name)], check=False, timeout=60)
+    storage.write(str(tmp_path / "rows" / "whole.npy"), b"whole")
+    left = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(left) == 3, left
+    removed = storage.remove_unfinished(str(tmp_path), keep="2.json")
+    assert [Path(path).name.split(".")[1] for path in removed] == ["one"]
+    assert len(storage.remove_unfinished(str(tmp_path))) == 1
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["whole.npy"]

@@ -82,6 +82,11 @@ class Lease:
                 return cls(run_url, record)
         raise InputError(f"{run_url}: several drivers try to take this run at once; start one of them again")
 
+    @property
+    def name(self) -> str:
+        """Of the file that is renewed."""
+        return storage.name(_attempt_url(self._run_url, self.attempt))
+
     def check(self) -> None:
         """Raise LeaseLost if the run is no longer ours. Cheap: for every step."""
         if self._lost is None and _steady_clock() - self._renewed > TTL_S:

@@ -8,6 +8,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
+from mtlrec import storage
 from mtlrec.commands.console import DONE, STOPPED, print_json
 from mtlrec.data.quarantine import FOLDER as QUARANTINE
 from mtlrec.data.quarantine import told
@@ -49,6 +50,8 @@ def _train_one(arguments: argparse.Namespace, job: Job) -> int:
             return _show_result(arguments, display, {**opened, "already_finished": True})
         run, lease = opened
         with lease, stop.listening(display.say), stop.watching(run.url, display.say):
+            # What was killed in the middle of a write has left a beginning; the lease alone is written now.
+            storage.remove_unfinished(run.url, keep=lease.name)
             result = launch(
                 "train",
                 asdict(run),
@@ -59,6 +62,7 @@ def _train_one(arguments: argparse.Namespace, job: Job) -> int:
                 stop=stop,
                 alive=lease.check,
             )
+            storage.remove_unfinished(run.url, keep=lease.name)
     finally:
         display.close()
     return _show_result(arguments, display, result)
