@@ -9,6 +9,7 @@ import secrets
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any
@@ -19,6 +20,8 @@ from mtlrec.job.run import MAX_WORKERS, RunSection
 from mtlrec.ray_worker import DUMP_S, INPUT, POLL_S, Board, Ending, arrow_place, first_line, work
 from mtlrec.stopping import StopRequest
 
+ROOM_S, SAY_S = 10.0, 60.0
+"""Seconds between two looks at whether a run's nodes are there, and between two lines that they are not."""
 TIMEOUT_FACTOR = 1.5
 """A collective may last longer than a worker may show no sign of life, by so much."""
 
@@ -112,8 +115,9 @@ def launch_on_ray(
             # Elastic workers are reserved under this id, and what a killed driver had reserved is held
             # for three minutes: the next driver of the run takes it over by having the same.
             run_id = hashlib.blake2b(payload["url"].encode(), digest_size=16).hexdigest()
-            object.__setattr__(trainer.train_run_context, "run_id", run_id)
-        return _follow(ray, trainer, board, show, stop, alive)
+            context = getattr(trainer, "train_run_context")  # noqa: B009 - Ray's types show another class
+            object.__setattr__(context, "run_id", run_id)
+        return _follow(ray, trainer, board, run, show, stop, alive)
 
 
 def _run_config(action: str, run: RunSection, name: str, scratch: str) -> Any:
@@ -147,7 +151,6 @@ def _run_config(action: str, run: RunSection, name: str, scratch: str) -> Any:
 @contextmanager
 def _ray_session(ray: Any, run: RunSection, address: str | None) -> Iterator[None]:
     """A Ray of our own that ends with us, closed to strangers; or the user's cluster at `address`."""
-    few, cuda = run.fewest_workers, run.device == "cuda"
     if address is None:
         # More workers than cores are slow, not wrong, on one's own machine.
         options: dict[str, Any] = {
@@ -165,22 +168,29 @@ def _ray_session(ray: Any, run: RunSection, address: str | None) -> Iterator[Non
             raise
         raise InputError(f"--address {address}: no Ray cluster answers there ({first_line(error)})") from None
     try:
-        found = ray.cluster_resources()
-        for resource, wanted in (("CPU", few * run.threads), ("GPU", few if cuda else 0)):
-            if found.get(resource, 0) < wanted:
-                raise InputError(
-                    f"run.workers: {few} worker(s) need {wanted} {resource}s, and the cluster has "
-                    f"{found.get(resource, 0):g}; use fewer workers or a larger cluster"
-                )
+        short = _short_of(ray, run)
+        if short is not None:
+            raise InputError(f"run.workers: {short}; use fewer workers or a larger cluster")
         yield
     finally:
         ray.shutdown()
+
+
+def _short_of(ray: Any, run: RunSection) -> str | None:
+    """What the cluster lacks for the fewest workers that may start; None where it has room."""
+    found, few = ray.cluster_resources(), run.fewest_workers
+    for resource, wanted in (("CPU", few * run.threads), ("GPU", few if run.device == "cuda" else 0)):
+        has = found.get(resource, 0)
+        if has < wanted:
+            return f"{few} worker(s) need {wanted} {resource}s, and the cluster has {has:g}"
+    return None
 
 
 def _follow(
     ray: Any,
     trainer: Any,
     board: Any,
+    run: RunSection,
     show: Callable[[dict[str, Any]], None],
     stop: StopRequest,
     alive: Callable[[], None],
@@ -197,8 +207,19 @@ def _follow(
     # fit() in the main thread would take SIGINT for itself and abort without a checkpoint.
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     thread.start()
+    looked_at, said_at = time.monotonic(), 0.0
     while thread.is_alive():
         alive()
+        now = time.monotonic()
+        if now - looked_at >= ROOM_S:
+            looked_at, short = now, _short_of(ray, run)
+            if short is not None and stop.asked:
+                # No worker is left that could hear it, nor anything that could be saved.
+                raise KeyboardInterrupt
+            if short is not None and now - said_at >= SAY_S:
+                # Ray waits for nodes without end, and without a word.
+                said_at = now
+                show({"kind": "log", "text": f"waiting for nodes: {short}"})
         _pass_on(ray.get(board.drain.remote(stop.asked)), show)
         thread.join(POLL_S)
     _pass_on(ray.get(board.drain.remote(stop.asked)), show)
