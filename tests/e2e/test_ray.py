@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
 import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +13,7 @@ import psutil
 import pytest
 import yaml
 
+from tests.e2e.cluster import Cluster
 from tests.e2e.driven import Command, checkpoints, final_metrics_agree, trained_rows, wait_until_gone
 from tests.small_data import small_job, write_small_data
 
@@ -43,20 +38,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(home: Path) -> dict[str, Any]:
     """The same job in one plain process."""
     return Command(home, "train", "job.yaml", "--name", "plain", "--workers", "0").result()
-
-
-def test_two_workers_end_where_one_process_does_and_leave_nothing(
-    home: Path, undisturbed: dict[str, Any]
-) -> None:
-    command = Command(home, "train", "job.yaml", "--name", "two")
-    command.wait_for(lambda: bool(checkpoints(home, "two")))
-    ours = command.descendants()
-    result = command.result()
-    assert result["steps"] == STEPS
-    final_metrics_agree(result, undisturbed)
-    assert trained_rows(home, "two") == trained_rows(home, "plain")
-    wait_until_gone(ours)
-    assert "embedding tables on 2 worker(s)" in command.err.read_text()
 
 
 def test_a_killed_worker_and_a_killed_driver_lose_nothing(home: Path, undisturbed: dict[str, Any]) -> None:
@@ -88,16 +69,24 @@ def test_a_killed_worker_and_a_killed_driver_lose_nothing(home: Path, undisturbe
     assert left == set(checkpoints(home, "killed")), "what was half-written has been swept"
 
 
-def test_a_stop_request_saves_and_exits_with_3(home: Path, undisturbed: dict[str, Any]) -> None:
+def test_two_workers_that_were_stopped_end_where_one_process_does_and_leave_nothing(
+    home: Path, undisturbed: dict[str, Any]
+) -> None:
     command = Command(home, "train", "job.yaml", "--name", "stopped")
     command.wait_for(lambda: bool(checkpoints(home, "stopped")))
     command.process.send_signal(signal.SIGTERM)
     result = command.result(code=3)
     assert result["stopped"] and 50 <= result["steps"] < STEPS
     assert result["checkpoint"].endswith(f"step-{result['steps']:012d}.a0001")
-    result = Command(home, "train", "job.yaml", "--name", "stopped", "--workers", "0").result()
+    command = Command(home, "train", "job.yaml", "--name", "stopped")
+    command.wait_for(lambda: any(name.endswith(".a0002") for name in checkpoints(home, "stopped")))
+    ours = command.descendants()
+    result = command.result()
+    assert result["steps"] == STEPS
     final_metrics_agree(result, undisturbed)
     assert trained_rows(home, "stopped") == trained_rows(home, "plain")
+    wait_until_gone(ours)
+    assert "embedding tables on 2 worker(s)" in command.err.read_text()
 
 
 def test_evaluate_and_predict_on_workers_agree_with_one_process(
@@ -111,70 +100,48 @@ def test_evaluate_and_predict_on_workers_agree_with_one_process(
                 assert np.isclose(measured["metrics"]["all"][task][name], value, atol=1e-6), name
 
 
-def test_bad_rows_end_all_workers_with_one_line(home: Path) -> None:
-    write_small_data(home / "spoilt", seed=3)
-    job = yaml.safe_load((home / "job.yaml").read_text())
-    job["data"]["train"] = "spoilt"
-    job["schema"]["features"]["hour"]["rows"] = 23
-    (home / "spoilt.yaml").write_text(yaml.safe_dump(job))
-    command = Command(home, "train", "spoilt.yaml", "--name", "spoilt")
+def test_an_input_error_of_one_worker_ends_all_at_once_with_one_line(home: Path) -> None:
+    # Only rank 0 reads the plan; the other waits for it in a collective.
+    (home / "runs" / "odd" / "plan.json").mkdir(parents=True)
+    command = Command(home, "train", "job.yaml", "--name", "odd", "--set", "run.step_timeout_s=600")
     ours: list[psutil.Process] = []
     while command.process.poll() is None:
         ours = command.descendants() or ours
         time.sleep(0.2)
-    error = command.result(code=2)["error"]
-    assert "hour" in error and "23" in error
+    assert "plan.json" in command.result(code=2)["error"]
     wait_until_gone(ours)
 
 
-def test_an_input_error_of_one_worker_ends_all_at_once(home: Path) -> None:
-    # Only rank 0 reads the plan; the other waits for it in a collective.
-    (home / "runs" / "odd" / "plan.json").mkdir(parents=True)
-    command = Command(home, "train", "job.yaml", "--name", "odd", "--set", "run.step_timeout_s=600")
-    error = command.result(code=2)["error"]
-    assert "plan.json" in error
-
-
-@pytest.fixture
-def cluster() -> Iterator[tuple[str, dict[str, str]]]:
-    """A Ray of one CPU that is not ours to stop: its address, and the environment to reach it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=1"]
-    command += [f"--port={port}", "--node-ip-address=127.0.0.1", "--include-dashboard=false"]
-    command += ["--object-store-memory=100000000", "--disable-usage-stats"]
-    head = subprocess.Popen(
-        command,
-        env={**os.environ, **environment},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        yield f"127.0.0.1:{port}", environment
-    finally:
-        for process in [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        head.wait(60)
-
-
-def test_a_running_cluster_is_used_and_left_running(
-    home: Path, cluster: tuple[str, dict[str, str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    address, environment = cluster
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    train = ("train", "job.yaml", "--name", "cluster", "--address", address)
-    few = ("--set", "run.max_steps=60")
-    error = ""
-    deadline = time.monotonic() + 120
-    while "CPUs" not in error and time.monotonic() < deadline:
-        # Until the cluster is up, the address is refused in one line too.
-        error = Command(home, *train, *few).result(code=2)["error"]
-    assert "2 worker(s) need 2 CPUs, and the cluster has 1" in error
-    result = Command(home, *train, *few, "--workers", "1").result()
-    assert result["steps"] == 60
-    again = Command(home, *train, "--set", "run.max_steps=70", "--workers", "1").result()
-    assert again["steps"] == 70
+def test_a_node_that_is_taken_away_is_no_failure(home: Path, undisturbed: dict[str, Any]) -> None:
+    with Cluster(1) as cluster:
+        cluster.wait_for_head()
+        train = ("train", "job.yaml", "--name", "drained", "--address", cluster.address)
+        train += ("--set", "run.epochs=10000", "--set", "run.max_steps=null", "--set", "run.max_failures=0")
+        train += ("--set", "run.checkpoint.every_steps=null")
+        error = ""
+        deadline = time.monotonic() + 120
+        while "CPUs" not in error and time.monotonic() < deadline:
+            # Until the cluster is up, the address is refused in one line too.
+            refused = Command(home, *train, "--workers", "2", environment=cluster.environment)
+            error = refused.result(code=2)["error"]
+        assert "2 worker(s) need 2 CPUs, and the cluster has 1" in error
+        second = cluster.add(1)
+        name = cluster.ids(2)[1]
+        command = Command(home, *train, "--workers", "1-2", environment=cluster.environment)
+        command.wait_for(lambda: "samples/s  click" in command.err.read_text())
+        assert "embedding tables on 2 worker(s)" in command.err.read_text()
+        cluster.drain(name, seconds=60)
+        # Nothing else asks for a checkpoint here.
+        command.wait_for(lambda: bool(checkpoints(home, "drained")))
+        saved = checkpoints(home, "drained")[-1]
+        second.kill()
+        command.wait_for(lambda: "embedding tables on 1 worker(s)" in command.err.read_text())
+        Command(home, "stop", "runs/drained").result()
+        result = command.result(code=3)
+        cluster.ids(1)  # the cluster is not ours to end
+    said = command.err.read_text()
+    assert "will be taken away" in said and f"start 2 of this run, from {home}/runs/drained" in said
+    assert f"{saved}\n" in said and result["stopped"]
+    rows, plain = trained_rows(home, "drained"), trained_rows(home, "plain")
+    assert len(rows) == result["steps"]
+    assert all(one == other for one, other in zip(rows, plain, strict=False))
