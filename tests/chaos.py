@@ -1,6 +1,6 @@
 """Kills workers, drivers and whole nodes of a run at random moments, and looks what is left of it.
 
-    python -m tests.chaos [--kills 20] [--seed 0]
+    python -m tests.chaos [--kills 20] [--seed 0] [--kinds worker,driver,node]
 
 prints one JSON object: each kill with its moment and what it cost, and what holds of the run in the end.
 The run is that of small data on two Ray nodes of one CPU each, `run.workers: {min: 1, max: 2}`.
@@ -29,6 +29,9 @@ from tests.e2e.driven import Command, checkpoints, trained_rows, wait_until_gone
 from tests.small_data import small_job, write_small_data
 
 KINDS = ("worker", "driver", "node")
+HANG = "hang"
+"""Not killed but stopped, which the watchdogs of the others notice. Takes STEP_TIMEOUT_S each."""
+STEP_TIMEOUT_S = 30.0
 EVERY = 25
 """Steps between checkpoints."""
 APART = 100
@@ -74,6 +77,8 @@ class Chaos:
             "record_rows": True,
             "checkpoint": {"every_steps": EVERY},
         }
+        if HANG in kinds:
+            job["run"]["step_timeout_s"] = STEP_TIMEOUT_S
         # See tests/e2e/test_ray.py: Adagrad would let rounding decide about rows of a vanishing gradient.
         job["optimizer"]["tables"] = {"kind": "sgd", "lr": 0.5}
         (home / "job.yaml").write_text(yaml.safe_dump(job, sort_keys=False))
@@ -105,10 +110,11 @@ class Chaos:
         command.wait_for(is_there, TIMEOUT_S)
 
     def _next_kind(self) -> str:
-        """The next to be killed. A node without a worker would not be missed: its turn comes later."""
-        used = self._workers(self._second)
+        """The next to be killed. A node without a worker would not be missed, nor a worker that nobody waits
+        for be taken for hung: their turn comes later."""
+        missed = {"node": bool(self._workers(self._second)), HANG: len(self._workers()) > 1}
         for place, kind in enumerate(self._left):
-            if kind != "node" or used:
+            if missed.get(kind, True):
                 return self._left.pop(place)
         self._left.pop()
         return "worker"
@@ -131,6 +137,8 @@ class Chaos:
         """Kill one thing; returns the command that trains from here on."""
         if kind == "worker":
             self._random.choice(self._workers()).kill()
+        elif kind == HANG:
+            self._random.choice(self._workers()).suspend()
         elif kind == "node":
             self._second.kill()
             self._second = self._cluster.add(1)
@@ -189,7 +197,7 @@ def verdict(chaos: Chaos, result: dict[str, Any]) -> dict[str, Any]:
     hidden = (path for path in chaos.run.rglob(".*") if path.name != ".validate_storage_marker")
     stray += [str(path) for path in hidden]
     return {
-        "kills": {kind: sum(kill.kind == kind for kill in chaos.kills) for kind in KINDS},
+        "kills": {kind: sum(kill.kind == kind for kill in chaos.kills) for kind in sorted(set(chaos.kinds))},
         "while_writing": sum(kill.writing for kill in chaos.kills),
         "seconds_to_go_on": _spread([kill.seconds for kill in chaos.kills]),
         "starts": len(list((chaos.run / "starts").glob("*.json"))),
@@ -198,6 +206,7 @@ def verdict(chaos: Chaos, result: dict[str, Any]) -> dict[str, Any]:
         "ledger_exact": trained_rows(home, NAME) == trained_rows(home, PLAIN),
         "metrics_differ_by": difference,
         "stray": stray,
+        "stacks": len(list((chaos.run / "stacks").glob("*.txt"))),
     }
 
 
@@ -210,11 +219,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", default=",".join(KINDS), help=f"and {HANG}: a worker that is stopped")
     arguments = parser.parse_args()
     # Ended by a signal, it still ends its cluster.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    chosen = random.Random(arguments.seed)
-    kinds = [*KINDS, *(chosen.choice(KINDS) for _ in range(arguments.kills - len(KINDS)))]
+    chosen, named = random.Random(arguments.seed), arguments.kinds.split(",")
+    kinds = [*named, *(chosen.choice(named) for _ in range(arguments.kills - len(named)))]
     chosen.shuffle(kinds)
     with tempfile.TemporaryDirectory(prefix="mtlrec-chaos-") as folder:
         chaos = Chaos(Path(folder), kinds[: arguments.kills], arguments.seed)
