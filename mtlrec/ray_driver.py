@@ -52,7 +52,8 @@ def launch_on_ray(
         # Ray asks NCCL itself which ranks have stopped in the middle of a collective, before it times out.
         os.environ.setdefault("RAY_TRAIN_ENABLE_NCCL_HANG_DETECTOR", "1")
         os.environ.setdefault("RAY_TRAIN_NCCL_RAS_ACTION", "fail")
-        os.environ.setdefault("RAY_TRAIN_NCCL_RAS_CONFIRM_DURATION_S", str(run.step_timeout_s))
+        # Before the watchdogs, which know no more than that nothing goes on.
+        os.environ.setdefault("RAY_TRAIN_NCCL_RAS_CONFIRM_DURATION_S", str(run.step_timeout_s / 2))
     if address is None:
         # A local Ray listens on every interface; without a token anyone could join it and run code. Ray reads
         # these two when it is imported.
@@ -207,6 +208,17 @@ def _follow(
     # fit() in the main thread would take SIGINT for itself and abort without a checkpoint.
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     thread.start()
+
+    def pass_on() -> None:
+        try:
+            # It waits for no worker, and so takes no longer than a word to the cluster's head and back.
+            drained = ray.get(board.drain.remote(stop.asked), timeout=run.step_timeout_s)
+        except ray.exceptions.GetTimeoutError:
+            raise RuntimeError(
+                f"the Ray cluster has not answered for {run.step_timeout_s:g} s; the last checkpoint stands"
+            ) from None
+        _pass_on(drained, show)
+
     looked_at, said_at = time.monotonic(), 0.0
     while thread.is_alive():
         alive()
@@ -220,9 +232,9 @@ def _follow(
                 # Ray waits for nodes without end, and without a word.
                 said_at = now
                 show({"kind": "log", "text": f"waiting for nodes: {short}"})
-        _pass_on(ray.get(board.drain.remote(stop.asked)), show)
+        pass_on()
         thread.join(POLL_S)
-    _pass_on(ray.get(board.drain.remote(stop.asked)), show)
+    pass_on()
     if "error" in outcome:
         raise RuntimeError(_cause(outcome["error"])) from outcome["error"]
     result: dict[str, Any] = outcome["result"].return_value
