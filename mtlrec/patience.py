@@ -54,9 +54,11 @@ def limited(seconds: float, retries: int = 100) -> Iterator[None]:
 class GaveUp(RuntimeError):
     """The storage failed, and went on failing. `__cause__` is the last failure."""
 
-    def __init__(self, tries: int, seconds: float) -> None:
+    def __init__(self, tries: int, seconds: float, before: bool = False) -> None:
+        """before: it had been given up already, so that this was tried once and no more."""
         times = "try" if tries == 1 else "tries"
-        super().__init__(f"given up after {tries} {times} in {seconds:.0f} s")
+        text = f"given up after {tries} {times} in {seconds:.0f} s"
+        super().__init__("not tried again, as the storage had been given up before" if before else text)
 
 
 class Tally:

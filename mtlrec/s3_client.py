@@ -102,7 +102,7 @@ class PatientS3(S3FileSystem):
                 wait = patience.wait(retries, seconds)
                 if wait is None:
                     self._away = self._away or patience is self._patience
-                    raise GaveUp(retries + 1, seconds) from error
+                    raise GaveUp(retries + 1, seconds, before=patience is _BRIEF) from error
                 retries += 1
                 TALLY.add(why)
                 await asyncio.sleep(wait)
