@@ -24,7 +24,7 @@ from tests.faulty_proxy import FAULTS, FaultyProxy, faulty_proxy
 pytest_plugins = ["tests.s3_server"]
 
 KEYS = ("aws_access_key_id", "aws_secret_access_key")
-SLACK_S = 10.0
+SLACK_S = 60.0
 """A busy machine's own time, beside what is promised."""
 
 

@@ -27,7 +27,7 @@ from tests.small_data import small_job, write_small_data
 
 pytest_plugins = ["tests.s3_server"]
 
-SLACK_S = 30.0
+SLACK_S = 60.0
 """Of a busy machine, for what takes a second."""
 
 
