@@ -9,6 +9,7 @@ import contextlib
 import http.client
 import random
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -56,6 +57,8 @@ class FaultyProxy:
     delay_s: float = 0.2
     choose: Callable[[str, str, str], str | None] | None = None
     """(method, path, query) -> a fault or None: instead of chance."""
+    tls: ssl.SSLContext | None = None
+    """Speak HTTPS by it; None: HTTP."""
     seen: list[Seen] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -69,7 +72,10 @@ class FaultyProxy:
             owner = proxy
 
         self._server = _Server(("127.0.0.1", 0), Handler)
-        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+        if self.tls is not None:
+            self._server.socket = self.tls.wrap_socket(self._server.socket, server_side=True)
+        scheme = "http" if self.tls is None else "https"
+        self.endpoint = f"{scheme}://127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
 
@@ -156,8 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def _answer(self) -> None:
-        assert "chunked" not in self.headers.get("Transfer-Encoding", ""), "not needed so far"
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = self._body()
         if self.owner.wait_if_silent():
             self.close_connection = True
             return
@@ -217,6 +222,18 @@ class _Handler(BaseHTTPRequestHandler):
             self._hang_up(reset=False)
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _answer
+
+    def _body(self) -> bytes:
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        # As uploads over HTTPS come, whose checksum follows them.
+        chunks = []
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        while self.rfile.readline().strip():
+            pass
+        return b"".join(chunks)
 
     def _ask(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
         host = urlsplit(self.owner.upstream)

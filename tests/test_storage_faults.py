@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
+import ipaddress
 import os
 import pickle
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +16,10 @@ from typing import Any
 
 import boto3
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from mtlrec import patience, storage
 from mtlrec.job.errors import InputError
@@ -307,6 +314,48 @@ def test_a_wrong_region_is_told(proxy: FaultyProxy, bucket: str) -> None:
 
 
 # Options
+
+
+def certificate(folder: Path) -> Path:
+    """Key and self-signed certificate of 127.0.0.1, in one file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False
+        )
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    plain = serialization.NoEncryption()
+    secret = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
+    path = folder / "certificate.pem"
+    path.write_bytes(secret + made.public_bytes(serialization.Encoding.PEM))
+    return path
+
+
+def test_a_certificate_is_checked_by_the_bundle(s3_environment: str, bucket: str, tmp_path: Path) -> None:
+    path = certificate(tmp_path)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(path)
+    url = storage.join(bucket, "file")
+    try:
+        with faulty_proxy(s3_environment, tls=tls) as proxy:
+            storage.configure(StorageSection(endpoint_url=proxy.endpoint))
+            with pytest.raises(InputError, match=r"certificate of https://127.*ca_bundle"):
+                storage.write(url, b"1")
+            assert proxy.seen == []
+            storage.configure(StorageSection(endpoint_url=proxy.endpoint, ca_bundle=str(path)))
+            proxy.share = 0.2
+            for data in (b"1", os.urandom(17 * 2**20)):
+                storage.write(url, data)
+                assert storage.read(url) == data
+    finally:
+        storage.configure(StorageSection())
 
 
 def test_another_process_is_given_the_same_patience(proxy: FaultyProxy, bucket: str) -> None:
