@@ -66,7 +66,7 @@ class Wanted:
         """All that the file depends on."""
         return {
             "version": _VERSION,
-            "data": dataset.fingerprint,
+            "data": dataset.contents,
             "columns": sorted(set(self.columns)),
             "min_count": self.min_count,
             "rows": self.rows,

@@ -130,6 +130,12 @@ class GoodRows(Dataset):
         self._needed = column_names(schema, True, ())
         self._quarantine = Quarantine(dataset, tolerance)
 
+    @property
+    def contents(self) -> str:
+        schema = json.dumps(self._schema.to_dict(), sort_keys=True)
+        good_by = hashlib.blake2b(schema.encode(), digest_size=16).hexdigest()
+        return f"{self.fingerprint}, rows that are good by {good_by}"
+
     def read_group(self, group: int, columns: Sequence[str]) -> pa.Table:
         names = list(dict.fromkeys([*columns, *self._needed]))
         try:

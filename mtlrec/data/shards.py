@@ -167,6 +167,11 @@ class Dataset:
         """File and row group, for messages."""
         return f"{self.shards[self.group_shard[group]].url}, row group {self.group_index[group]}"
 
+    @property
+    def contents(self) -> str:
+        """Tells apart what `read_group` gives of the same shards, for what is built from it and kept."""
+        return self.fingerprint
+
     def index(self) -> dict[str, Any]:
         """Plain JSON data, kept with a run, that `describe_change` explains a later difference by."""
         return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mtlrec.data.columns import Columns
+from mtlrec.data.decode import build_columns
 from mtlrec.data.order import Position, rows_between
 from mtlrec.data.quarantine import (
     EXAMPLES,
@@ -29,7 +32,9 @@ from mtlrec.data.quarantine import (
     told,
 )
 from mtlrec.data.shards import Dataset, Unreadable
+from mtlrec.data.source import BadRows
 from mtlrec.job.errors import InputError
+from tests.data.built import schema_of
 from tests.data.numbered import LANES, SCHEMA, broken, flat, make_table, open_data, read, rows_of, write
 
 ROWS, GROUP, FILES = 200, 20, 3
@@ -155,6 +160,86 @@ def test_without_a_quarantine_a_bad_row_is_an_error(tmp_path: Path) -> None:
     data = open_data(write(tmp_path / "data", ROWS, GROUP, FILES, broken(70, "click", 3)))
     with pytest.raises(InputError, match=r"part-1\.parquet, row group 0, row 4, column click: 3\.0 is not"):
         read(data)
+
+
+KINDS = schema_of(
+    features={
+        "id": {"kind": "id", "ids": "identity", "rows": 9},
+        "word": {"kind": "id", "rows": 9},
+        "ids": {"kind": "id_list", "ids": "identity", "rows": 9, "max_length": 2},
+        "number": {"kind": "number", "transform": "log1p"},
+        "scaled": {"kind": "number", "transform": "standardise", "mean": 1e30, "std": 1e-30},
+        "bucket": {"kind": "number", "transform": "bucketise", "boundaries": [0.0]},
+        "vector": {"kind": "vector", "size": 2},
+    },
+    tasks={
+        "click": {"kind": "binary"},
+        "buy": {"kind": "binary", "given": "click"},
+        "stars": {"kind": "regression"},
+    },
+    scenario={"column": "country", "values": ["a", "b"]},
+    weight="weight",
+)
+NUMBERS = st.sampled_from([None, 0.0, 1.0, -1.0, np.nan, np.inf, -np.inf, 1e39, 3.0])
+VALUES = {
+    "id": (st.sampled_from([None, 0, 8, 9, -1, 2**62]), pa.int64()),
+    "word": (st.sampled_from([None, "a", "", "ä"]), pa.string()),
+    "ids": (st.sampled_from([None, [], [1, None], [9], [9, 1, 2], [1, 2, -3]]), pa.list_(pa.int64())),
+    "number": (NUMBERS, pa.float64()),
+    "scaled": (NUMBERS, pa.float64()),
+    "bucket": (NUMBERS, pa.float64()),
+    "vector": (
+        st.sampled_from([None, [1.0, 2.0], [None, 1.0], [1.0], [1.0, np.inf], [1e39, 0.0]]),
+        pa.list_(pa.float64()),
+    ),
+    "click": (NUMBERS, pa.float64()),
+    "buy": (NUMBERS, pa.float64()),
+    "stars": (NUMBERS, pa.float64()),
+    "country": (st.sampled_from([None, "a", "b", "c"]), pa.string()),
+    "weight": (NUMBERS, pa.float64()),
+}
+GOOD = {
+    "id": 1, "word": "a", "ids": [1], "number": 1.0, "scaled": 1e30, "bucket": 1.0, "vector": [1.0, 2.0],
+    "click": 1.0, "buy": 0.0, "stars": 2.0, "country": "a", "weight": 1.0,
+}  # fmt: skip
+
+
+@settings(max_examples=40)
+@given(st.data())
+def test_a_row_is_bad_where_it_alone_would_be_refused(data: st.DataObject) -> None:
+    """And the others become what they are without it, whichever columns are at fault."""
+    rows = []
+    for _ in range(data.draw(st.integers(1, 12))):
+        changed = data.draw(st.lists(st.sampled_from(sorted(VALUES)), max_size=2, unique=True))
+        rows.append(GOOD | {name: data.draw(VALUES[name][0]) for name in changed})
+
+    def build(some: list[dict[str, Any]], bad: BadRows | None = None) -> Columns:
+        fields = pa.schema([(name, kind) for name, (_, kind) in VALUES.items()])
+        return build_columns(
+            pa.Table.from_pylist(some, fields), KINDS, where="x", first_row=0, vocabularies={}, bad=bad
+        )
+
+    def is_refused(row: dict[str, Any]) -> bool:
+        try:
+            build([row])
+        except InputError:
+            return True
+        return False
+
+    expected = [is_refused(row) for row in rows]
+    bad = BadRows(len(rows))
+    found = build(rows, bad)
+    assert bad.mask.tolist() == expected
+    assert (found.bad is None) == (not any(expected))
+    assert {int(row) for misfit in bad.misfits for row in misfit.rows} == set(np.flatnonzero(expected))
+    # What stands in bad rows can be computed with.
+    assert np.isfinite(found.dense).all() and np.isfinite(found.labels).all()
+    good, alone = found.good(), build([row for row, wrong in zip(rows, expected, strict=True) if not wrong])
+    for name in ("ids", "dense", "labels", "valid", "scenario", "weight"):
+        assert np.array_equal(getattr(good, name), getattr(alone, name)), name
+    (lists,), (same,) = good.lists, alone.lists
+    assert np.array_equal(np.diff(lists.offsets), np.diff(same.offsets))
+    assert np.array_equal(lists.values[lists.offsets[0] : lists.offsets[-1]], same.values)
 
 
 # Records
@@ -353,6 +438,10 @@ def test_passes_read_the_rows_that_training_will_read(tmp_path: Path) -> None:
     assert good_rows(data, SCHEMA, None) is data
     good = good_rows(data, SCHEMA, 0.2)
     assert isinstance(good, GoodRows) and (good.rows, good.fingerprint) == (data.rows, data.fingerprint)
+    # A vocabulary of all rows must not be taken for one of the good rows, nor that of another schema.
+    lenient = replace(SCHEMA, scenarios=(*SCHEMA.scenarios, "xx"))
+    assert len({data.contents, good.contents, good_rows(data, lenient, 0.2).contents}) == 3
+    assert good.contents == good_rows(data, SCHEMA, 0.5).contents and data.contents == data.fingerprint
     tables = [good.read_group(group, ["name", "row_id"]) for group in range(len(data.group_rows))]
     assert tables[0].column_names == ["name", "row_id"]
     rows = flat(table["row_id"].to_pylist() for table in tables)
