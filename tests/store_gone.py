@@ -43,7 +43,7 @@ def main() -> None:
     os.environ.update(AWS)
     try:
         with tempfile.TemporaryDirectory() as folder, faulty_proxy(endpoint) as proxy:
-            print(json.dumps(try_it(Path(folder), endpoint, proxy, arguments)))
+            print(json.dumps(try_it(Path(folder), endpoint, proxy, arguments)), flush=True)
     finally:
         server.stop()
 
