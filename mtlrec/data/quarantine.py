@@ -52,6 +52,7 @@ class Quarantine:
         self._takes_groups = groups
         self._lock = threading.Lock()
         self._groups: dict[int, int] = {}
+        self._rows = 0
 
     @property
     def groups(self) -> dict[int, int]:
@@ -100,7 +101,8 @@ class Quarantine:
             if group in self._groups:
                 return
             self._groups[group] = rows
-            total = sum(self._groups.values())
+            self._rows += rows
+            total = self._rows
         dataset = self._dataset
         shard, index = dataset.shards[dataset.group_shard[group]], int(dataset.group_index[group])
         about = {"file": shard.path, "row_group": index, "rows": shard.groups[index], "bad_rows": rows}

@@ -345,10 +345,9 @@ def test_a_file_without_a_footer_is_left_out_and_is_part_of_the_fingerprint(tmp_
     data = open_dataset(str(folder), columns, 0.5)
     rest = [row for row in range(ROWS) if not ROWS // FILES <= row < 2 * ROWS // FILES]
     assert data.rows == len(rest) and [shard.rows for shard in data.shards] == [66, 0, 67]
-    batches, quarantine = read_good(data, shuffle=False, lanes=1, batch_size=64)
+    batches, _ = read_good(data, shuffle=False, lanes=1, batch_size=64)
     assert flat(batch.dense[: batch.num_rows, 0].int().tolist() for batch in batches) == rest
-    quarantine._folder = str(tmp_path / FOLDER)
-    quarantine.record_files()
+    Quarantine(data, 0.5, str(tmp_path / FOLDER)).record_files()
     assert recorded(str(tmp_path / FOLDER)) == counted(data, {}) == {"rows": 0, "row_groups": 0, "files": 1}
     # A copy elsewhere has the same fingerprint; neither the readable files alone nor other damage do.
     shutil.copytree(folder, tmp_path / "copy")
