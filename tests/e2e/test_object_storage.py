@@ -188,7 +188,8 @@ def test_a_store_that_goes_away_for_good_ends_the_run_in_the_stated_time(
     assert went, "the run never came to its second checkpoint"
     assert code == 1, said.err
     error = json.loads(said.out)["error"] if said.out else said.err.strip().splitlines()[-1]
-    assert "s3://store/" in error and "given up after" in error, error
+    # Of several threads that fail one is told: the first, or one that came after it was given up.
+    assert "s3://store/" in error and "given up" in error, error
     assert "Traceback" not in said.err
     # docs/storage.md: retry_s, one request more, and what is left to do afterwards.
     assert ended - went[0] < 3.0 + (1.0 + 2.0) + 30.0 + SLACK_S
