@@ -185,8 +185,10 @@ class Job(Section):
         return self
 
     @model_validator(mode="after")
-    def _decay_has_a_state(self) -> Job:
+    def _follow_fits(self) -> Job:
         follow, kind = self.data.follow, self.optimizer.tables.kind
+        if follow is not None and follow.idle_s is None and self.run.seeds is not None:
+            raise ValueError("data.follow.idle_s: the first of run.seeds would wait for ever; say how long")
         if follow is not None and follow.state_decay < 1 and kind not in ("rowwise_adagrad", "adagrad"):
             raise ValueError(
                 f"data.follow.state_decay: {kind} has no Adagrad state to decay; leave it at 1, or use "

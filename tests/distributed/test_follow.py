@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from mtlrec.checkpoint.folder import list_checkpoints
+from mtlrec.checkpoint.folder import checkpoint_url
 from mtlrec.control import Silent
 from mtlrec.job.job import job_from_dict
 from mtlrec.preflight import open_run
@@ -58,13 +58,17 @@ class Recorder(Silent):
         return any(f"generation {self._stop_for} is done; waiting" in text for text in self.said)
 
 
-def work(world: Any, calls: list[dict[str, Any]]) -> Results:
-    """In a worker: train each in turn, some until they crash; losses, results, and states at each decay."""
+def work(world: Any, calls: list[dict[str, Any]], measure: list[dict[str, Any]]) -> Results:
+    """In a worker: train each in turn, some until they crash; losses, results, and states at each decay.
+
+    Then the metrics of some checkpoints, each on one file, with the job that their run has resolved.
+    """
+    from mtlrec import actions
     from mtlrec import train as module
     from mtlrec.preflight import Run
     from mtlrec.sharding import local_blocks
 
-    real, found = module.decay_state, Results(results=[], decayed=[], said=[])
+    real, found = module.decay_state, Results(results=[], decayed=[], said=[], measured=[])
     for index, call in enumerate(calls):
         decays = 0
 
@@ -89,6 +93,10 @@ def work(world: Any, calls: list[dict[str, Any]]) -> Results:
         found[f"losses{index}"] = np.array(recorder.losses)
         found["said"].append(recorder.said)
     module.decay_state = real
+    for payload in measure:
+        job = yaml.safe_load(Path(payload["job"]).read_text())
+        measured = actions.perform("evaluate", {**payload, "job": job}, world, Silent())
+        found["measured"].append(measured["metrics"])
     return found
 
 
@@ -136,7 +144,17 @@ class Session:
         for number, rows in enumerate(ROWS):
             write_small_data(folder / f"g{number}", rows=rows, shards=1, seed=number)
             (folder / f"g{number}" / "part-0.parquet").rename(staged / f"day-{number}.parquet")
-        self._train("one", 1, [("one", {}), ("stopped", {"stop_waiting_for": 2})])
+        run = folder / "runs" / "one"
+        measure = [
+            {
+                "job": str(run / "job.yaml"),
+                "checkpoint": checkpoint_url(str(run), sum(STEPS[:number]), 1),
+                "data": str(folder / "data-one" / f"day-{number}.parquet"),
+                "batch_size": 48,
+            }
+            for number in (1, 2)
+        ]
+        self._train("one", 1, [("one", {}), ("stopped", {"stop_waiting_for": 2})], measure)
         calls = [
             ("two", {}),
             # Generation 2 was written down, measured and its state decayed, and nothing of it was saved.
@@ -146,9 +164,15 @@ class Session:
             ("inside", {"crash_at": 29}),
             ("inside", {}),
         ]
-        self._train("two", 2, calls)
+        self._train("two", 2, calls, [])
 
-    def _train(self, tag: str, workers: int, runs: list[tuple[str, dict[str, Any]]]) -> None:
+    def _train(
+        self,
+        tag: str,
+        workers: int,
+        runs: list[tuple[str, dict[str, Any]]],
+        measure: list[dict[str, Any]],
+    ) -> None:
         publishers, calls = {}, []
         for name, how in runs:
             job = self.job(name)
@@ -162,7 +186,8 @@ class Session:
             defaults = {"crash_at": None, "crash_at_decay": None, "stop_waiting_for": None}
             calls.append({"run": given, **defaults, **how})
         try:
-            found = run_processes(f"{HERE}:work", workers, self.folder / tag, {"calls": calls}, timeout=300)
+            arguments = {"calls": calls, "measure": measure}
+            found = run_processes(f"{HERE}:work", workers, self.folder / tag, arguments, timeout=300)
         finally:
             for publisher in publishers.values():
                 publisher.end()
@@ -230,28 +255,14 @@ def test_the_state_is_decayed_once_a_generation_in_every_kind_of_table(session: 
 
 def test_each_generation_is_measured_before_it_is_trained(session: Session) -> None:
     """By the model that the generation before has left: `evaluate` of that checkpoint says the same."""
-    from mtlrec import actions, distributed
-
     result = session.results["one"]
     folder = Path(result["run_dir"]) / "generations"
     assert not (folder / "0.metrics.json").exists()
-    world = distributed.init_single_process(60)
-    try:
-        for number in (1, 2):
-            told = json.loads((folder / f"{number}.metrics.json").read_text())
-            assert told["metrics"] == result["generations"][number]["metrics"]
-            assert told["step"] == sum(STEPS[:number])
-            before = [each for each in list_checkpoints(result["run_dir"]) if each.step == told["step"]]
-            payload = {
-                "job": yaml.safe_load((Path(result["run_dir"]) / "job.yaml").read_text()),
-                "checkpoint": before[0].url,
-                "data": str(session.folder / "data-one" / f"day-{number}.parquet"),
-                "batch_size": 48,
-            }
-            assert actions.perform("evaluate", payload, world, Silent())["metrics"] == told["metrics"]
-            assert told["metrics"]["all"]["click"]["rows"] == ROWS[number]
-    finally:
-        distributed.shut_down()
+    for number, measured in zip((1, 2), session.found[0]["measured"], strict=True):
+        told = json.loads((folder / f"{number}.metrics.json").read_text())
+        assert told["metrics"] == result["generations"][number]["metrics"] == measured
+        assert told["step"] == sum(STEPS[:number])
+        assert told["metrics"]["all"]["click"]["rows"] == ROWS[number]
 
 
 def test_a_request_to_stop_is_heard_while_waiting(session: Session) -> None:

@@ -9,11 +9,15 @@ from typing import Any
 import pytest
 import yaml
 
+from mtlrec import storage
+from mtlrec.checkpoint.manifest import read_manifest
 from mtlrec.cli import main
 from mtlrec.job.errors import InputError
 from mtlrec.job.job import job_from_dict
 from tests.distributed.test_training import recorded_rows
 from tests.small_data import small_job, write_small_data
+
+pytest_plugins = ["tests.s3_server"]
 
 ROWS = (480, 240, 96, 144)
 """Of the shards, one a day: multiples of the batch, so that steps are rows / 48."""
@@ -170,6 +174,34 @@ def test_a_finished_run_becomes_one_that_follows_by_a_fork(
     assert {path: path.read_bytes() for path in source.rglob("manifest.json")} == before
 
 
+def test_on_an_object_store_it_is_the_same_run(
+    home: Path, bucket: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a vocabulary that generation 0 has made, and negatives of each generation's own positives."""
+    job = yaml.safe_load((home / "job.yaml").read_text())
+    job["schema"]["features"]["item_id"] = {"kind": "id", "ids": "vocabulary"}
+    job["schema"]["features"]["history"] = {"kind": "id_list", "ids": "vocabulary", "max_length": 3}
+    job["data"]["negatives"] = {"per_positive": 2, "task": "click"}
+    learnt = []
+    for place in (str(home / "here"), f"{bucket}/live"):
+        job["data"]["train"], job["run"]["storage"] = f"{place}/train", f"{place}/runs"
+        (home / "job.yaml").write_text(yaml.safe_dump(job, sort_keys=False))
+        for day in (0, 1):
+            shard = (home / f"made-{day}" / "part-0.parquet").read_bytes()
+            storage.write(f"{place}/train/day-{day}.parquet", shard)
+            result, _ = train(home, capsys)
+        assert (result["steps"], result["rows"]) == (15, 240)
+        manifest = read_manifest(result["checkpoint"])
+        learnt.append(
+            {
+                file.file: {name: entry.checksums for name, entry in file.tensors.items()}
+                for file in manifest.files()
+            }
+        )
+        learnt[-1]["metrics"] = result["generations"][0]["metrics"]
+    assert learnt[0] == learnt[1]
+
+
 def test_follow_is_a_switch_or_a_section(tmp_path: Path) -> None:
     job = small_job(tmp_path, tmp_path)
     for value, poll_s in ((True, 60.0), ({"poll_s": 5.0}, 5.0), (False, None), (None, None)):
@@ -179,6 +211,11 @@ def test_follow_is_a_switch_or_a_section(tmp_path: Path) -> None:
     job["data"]["follow"] = {"poll": 5}
     with pytest.raises(InputError, match=r"data\.follow\.poll"):
         job_from_dict(job, "test")
+    job["data"]["follow"] = True
+    job["run"]["seeds"] = [1, 2]
+    with pytest.raises(InputError, match=r"idle_s: the first of run\.seeds would wait"):
+        job_from_dict(job, "test")
+    job["run"]["seeds"] = None
     job["data"]["follow"] = {"state_decay": 0.5}
     job["optimizer"]["tables"] = {"kind": "sgd"}
     with pytest.raises(InputError, match=r"state_decay: sgd has no Adagrad state"):
