@@ -17,6 +17,7 @@ import yaml
 from mtlrec import preflight
 from mtlrec.cli import main
 from mtlrec.control import Silent
+from mtlrec.data.order import Position
 from mtlrec.data.shards import Dataset
 from mtlrec.distributed import World
 from mtlrec.feed import Feed, open_feed
@@ -98,7 +99,8 @@ def measured(data: Path, storage: Path) -> Job:
 
 def feed_of(job: Job, storage: Path) -> Feed:
     data = Dataset.open(job.data.train, ())
-    return open_feed(Run(job.to_dict(), str(storage), 1, data.fingerprint), ALONE, Silent(), None, None)
+    run, start = Run(job.to_dict(), str(storage), 1, data.fingerprint), Position.start(job.data.lanes)
+    return open_feed(run, ALONE, Silent(), start, None, None)
 
 
 def test_passes_before_training_leave_out_the_same_rows(home: Path, tmp_path: Path) -> None:
