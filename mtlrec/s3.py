@@ -157,6 +157,7 @@ def _meet(filesystem: Any, url: str, bucket: str) -> None:
     first = not _proven
     within = FIRST_CONTACT_S if first else None
     try:
+        filesystem.connect()
         with limited(FIRST_CONTACT_S, _FIRST_RETRIES) if first else contextlib.nullcontext():
             filesystem.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1, timeout=within)
     except Exception as error:

@@ -125,8 +125,9 @@ class PatientS3(S3FileSystem):
         limit = request_s + (len(body) / SLOWEST if isinstance(body, bytes | bytearray | memoryview) else 0)
         # Waiting for a free connection is no fault of the storage.
         async with self._slots:
+            # Nor is what a busy machine takes to set this up.
+            await self.set_session()
             async with asyncio.timeout(limit):
-                await self.set_session()
                 call = getattr(await self.get_s3(kwargs.get("Bucket")), method)
                 found = await call(**self._get_s3_method_kwargs(call, *akwarglist, **kwargs))
             if method == "get_object":
