@@ -80,9 +80,10 @@ def launch_on_ray(
         # Each worker waits in one call for news of a hang, while it makes others.
         placed: dict[str, Any] = {
             "max_concurrency": 2 * MAX_WORKERS,
-            # Beside the driver: on another node it would be lost, with what it holds, when that node is.
+            # Beside the driver: on another node it would be lost, with what it holds, when that node is. What
+            # is soft, Ray often does not heed.
             "scheduling_strategy": NodeAffinitySchedulingStrategy(
-                ray.get_runtime_context().get_node_id(), soft=True
+                ray.get_runtime_context().get_node_id(), soft=False
             ),
         }
         board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, **placed)(Board).remote()

@@ -15,6 +15,8 @@ POLL_S = 0.25
 """Seconds between two looks of the driver at what its workers have shown."""
 DUMP_S = 5.0
 """Seconds that a worker which has hung leaves the others to write their stacks, before it ends."""
+NOTICED_S = 10.0
+"""Seconds that Ray gets to see that the time of a node has come which was announced."""
 QUIET_S = 30.0
 """After a worker's line that it has hung, those of others are not shown for so long."""
 Ending = tuple[str, str]
@@ -164,6 +166,10 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
         # Ray restarts the workers; a person should know why.
         text = f"worker {world.rank} failed: {type(error).__name__}: {first_line(error)}"
         board.show.remote({"kind": "log", "text": text})
+        if _preemption_notice() is not None:
+            # Most likely another worker has gone with its node, as announced. Told of this before it misses
+            # that one, Ray would count a failure.
+            time.sleep(NOTICED_S)
         raise
 
 
