@@ -9,12 +9,13 @@ from __future__ import annotations
 import datetime
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtlrec import storage
+from mtlrec import storage, watchdog
 from mtlrec.data.quarantine import open_dataset
 from mtlrec.data.shards import Dataset, Unreadable, list_shards, rows_of
 from mtlrec.job.errors import InputError
@@ -22,6 +23,8 @@ from mtlrec.job.follow import FollowSection
 from mtlrec.schema import Column
 
 FOLDER = "generations"
+_THREADS = 16
+"""Records, or footers of new shards, that are read side by side."""
 Record = dict[str, Any]
 """`generation` and what `Dataset.index` gives, with `id_kinds` and `found_at` (UTC)."""
 
@@ -53,12 +56,19 @@ def read_record(run_url: str, number: int) -> Record | None:
 def read_records(run_url: str, last: int) -> list[Record]:
     """Those of generations 0 to `last`, which must all be there."""
     records = []
-    for number in range(last + 1):
-        record = read_record(run_url, number)
+    for number, record in enumerate(_read_all(run_url, range(last + 1))):
         if record is None:
             raise InputError(f"{record_url(run_url, number)}: missing; restore the file")
         records.append(record)
     return records
+
+
+def _read_all(run_url: str, numbers: Iterable[int]) -> Iterator[Record | None]:
+    """The records of these generations, in order."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for record in pool.map(lambda number: read_record(run_url, number), numbers):
+            watchdog.alive("records of generations")
+            yield record
 
 
 def create_record(run_url: str, record: Record) -> None:
@@ -76,6 +86,14 @@ def create_record(run_url: str, record: Record) -> None:
 def replace_record(run_url: str, record: Record) -> None:
     """Write down a generation that no checkpoint knows of yet."""
     storage.write(record_url(run_url, record["generation"]), _dump(record))
+
+
+def remove_later(run_url: str, last: int) -> None:
+    """Forget the generations after `last`, which no checkpoint knows of: their rows are trained anew."""
+    for file in storage.list_files(storage.join(run_url, FOLDER), ".json"):
+        number = file.path.split(".", 1)[0]
+        if number.isdecimal() and int(number) > last:
+            storage.remove(file.url)
 
 
 def write_metrics(run_url: str, number: int, step: int, metrics: dict[str, Any]) -> None:
@@ -145,8 +163,8 @@ class Watch:
         """Of the files of all generations."""
         self._id_kinds: dict[str, str] = {}
         names = [Path(file.path).stem for file in storage.list_files(storage.join(run_url, FOLDER), ".json")]
-        for number in sorted(int(name) for name in names if name.isdecimal()):
-            self._remember(read_record(run_url, number) or {"shards": []})
+        for record in _read_all(run_url, sorted(int(name) for name in names if name.isdecimal())):
+            self._remember(record or {"shards": []})
 
     @property
     def is_quiet(self) -> bool:
@@ -181,8 +199,10 @@ class Watch:
     def _ready(self) -> list[str]:
         """New files that are whole, by name."""
         now = time.monotonic()
-        ready, seen = [], {}
-        for file in list_shards(self._url):
+        ready, seen, files = [], {}, list_shards(self._url)
+        whole = [file for file in files if file.path not in self._sizes and self._is_as_before(file)]
+        rows = self._rows_of(whole)
+        for file in files:
             path, size = file.path, file.size
             if path in self._sizes:
                 if self._sizes[path] != size:
@@ -191,33 +211,51 @@ class Watch:
                 continue
             if self._passed.get(path) == size:
                 continue
-            fresh = self._fresh.get(path)
-            if fresh is None or fresh.size != size:
+            if not self._is_as_before(file):
                 seen[path] = _Fresh(size, now)
                 continue
-            try:
-                rows = rows_of(file)
-            except Unreadable as error:
+            fresh, found = self._fresh[path], rows[path]
+            if isinstance(found, Unreadable):
                 if now - fresh.since < self._section.unreadable_s:
-                    seen[path] = _Fresh(size, fresh.since, error.problem)
+                    seen[path] = _Fresh(size, fresh.since, found.problem)
                     continue
-                text = f"{error}; it has not changed for {now - fresh.since:.0f} s (data.follow.unreadable_s)"
+                text = f"{found}; it has not changed for {now - fresh.since:.0f} s (data.follow.unreadable_s)"
                 if self._tolerance is None:
-                    raise InputError(text) from None
+                    raise InputError(text)
                 self._say(f"left out: {text}")
                 self._passed[path] = size
-            except InputError:
+            elif isinstance(found, InputError):
                 if storage.exists(file.url):
-                    raise
+                    raise found
                 # Removed since it was listed.
+            elif found:
+                ready.append(path)
+                seen[path] = fresh
             else:
-                if rows:
-                    ready.append(path)
-                    seen[path] = fresh
-                else:
-                    self._passed[path] = size
+                self._passed[path] = size
         self._fresh = seen
         return ready
+
+    def _is_as_before(self, file: storage.File) -> bool:
+        """The look before has seen it in this size."""
+        fresh = self._fresh.get(file.path)
+        return fresh is not None and fresh.size == file.size
+
+    def _rows_of(self, files: Sequence[storage.File]) -> dict[str, int | InputError]:
+        """How many rows each has, by its footer, or why that cannot be told. There may be very many."""
+
+        def read(file: storage.File) -> int | InputError:
+            try:
+                return rows_of(file)
+            except InputError as error:
+                return error
+
+        found: dict[str, int | InputError] = {}
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for file, rows in zip(files, pool.map(read, files), strict=True):
+                watchdog.alive("footers of new shards")
+                found[file.path] = rows
+        return found
 
     def _remember(self, record: Record) -> None:
         for shard in record["shards"]:

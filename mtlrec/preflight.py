@@ -140,6 +140,9 @@ def open_run(
             storage.write(storage.join(url, fork.FORK), json.dumps(forked_from, indent=1).encode())
         for record in data.records:
             generations.replace_record(url, record)
+        if data.records:
+            # Of a run whose checkpoints were removed: what it learnt of them is gone.
+            generations.remove_later(url, data.records[-1]["generation"])
         # From here on the run is not finished, whatever an earlier end has said.
         storage.remove(storage.join(url, RESULT))
         text = yaml.safe_dump(job.to_dict(), sort_keys=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import json
+import os
 import signal
 import socket
 import threading
@@ -24,10 +25,26 @@ LOOK_S = 2.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def ask_to_stop(run_url: str) -> None:
-    """Leave the file for the driver that holds the run now."""
-    who = {"user": getpass.getuser(), "host": socket.gethostname(), "asked_at": time.time()}
+def ask_to_stop(run_url: str, attempt: int) -> None:
+    """Leave the file for attempt `attempt`, which holds the run now."""
+    who = {"user": _user(), "host": socket.gethostname(), "asked_at": time.time(), "attempt": attempt}
     storage.write(storage.join(run_url, STOP), json.dumps(who).encode())
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user need not have a name
+        return str(os.getuid())
+
+
+def _asks(url: str, attempt: int) -> bool:
+    """Whether the stop file, if there is one, was left for this attempt."""
+    try:
+        who = json.loads(storage.read(url))
+    except (FileNotFoundError, ValueError):
+        return False
+    return isinstance(who, dict) and who.get("attempt") == attempt
 
 
 class StopRequest:
@@ -79,14 +96,16 @@ class StopRequest:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
     @contextmanager
-    def watching(self, run_url: str, say: Callable[[str], None]) -> Iterator[None]:
+    def watching(self, run_url: str, attempt: int, say: Callable[[str], None]) -> Iterator[None]:
         """Look for the stop file every LOOK_S seconds while the block runs. For the holder of the lease.
 
-        A file from before asked an earlier driver, and goes. Once the block has ended well the request is
-        honoured, or the run is over anyway: the file goes too.
+        A file from before that was not left for this attempt asked an earlier driver, and goes. Once the
+        block has ended well the request is honoured, or the run is over anyway: the file goes too.
         """
         url = storage.join(run_url, STOP)
-        storage.remove(url)
+        # The lease is held before anything is looked for: a request may have come since.
+        if not _asks(url, attempt):
+            storage.remove(url)
         ended = threading.Event()
 
         def look() -> None:

@@ -160,3 +160,19 @@ def test_a_broken_record_is_named(tmp_path: Path) -> None:
         generations.read_record(str(tmp_path), 0)
     with pytest.raises(InputError, match=r"0.json: missing"):
         generations.read_records(str(tmp_path / "elsewhere"), 0)
+
+
+def test_generations_that_no_checkpoint_knows_of_are_forgotten(tmp_path: Path) -> None:
+    follower = Follower(tmp_path)
+    for number in range(1, 12):
+        record = {"generation": number, "shards": [{"path": f"{number}.parquet", "size": 1}]}
+        generations.create_record(follower.run, record)
+        generations.write_metrics(follower.run, number, 7, {})
+    generations.remove_later(follower.run, 1)
+    left = sorted(path.name for path in (tmp_path / "run" / "generations").iterdir())
+    assert left == ["0.json", "1.json", "1.metrics.json"]
+    # What they had is new again.
+    write(follower.data / "5.parquet")
+    again = Follower(tmp_path)
+    assert again.look(2) is None
+    assert paths(again.look(2)) == ["5.parquet"]

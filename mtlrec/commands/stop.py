@@ -17,7 +17,7 @@ def stop(arguments: argparse.Namespace) -> int:
     held = holder(url)
     if held is None:
         raise InputError(f"{url}: nobody trains this run now, so there is nothing to stop")
-    ask_to_stop(url)
+    ask_to_stop(url, held["attempt"])
     if arguments.json:
         return print_json(arguments, {"run_dir": url, "attempt": held["attempt"], "host": held.get("host")})
     print_text(f"{url}: asked attempt {held['attempt']} to stop ({held['description']})")

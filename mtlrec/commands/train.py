@@ -49,7 +49,7 @@ def _train_one(arguments: argparse.Namespace, job: Job) -> int:
             display.say(f"run {name} has finished at step {opened['steps']:,}; raise run.epochs to go on")
             return _show_result(arguments, display, {**opened, "already_finished": True})
         run, lease = opened
-        with lease, stop.listening(display.say), stop.watching(run.url, display.say):
+        with lease, stop.listening(display.say), stop.watching(run.url, run.attempt, display.say):
             # What was killed in the middle of a write has left a beginning; the lease alone is written now.
             storage.remove_unfinished(run.url, keep=lease.name)
             result = launch(
