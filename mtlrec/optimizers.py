@@ -152,11 +152,11 @@ class DenseOptimizer:
         return torch.isfinite(self._norm + self._slot)
 
     def not_finite(self) -> list[str]:
-        """After `average`: names of the dense parameters whose gradient is not finite."""
+        """After `average`: names of the dense parameters whose gradient is not finite by itself."""
         return [
             name
             for name, parameter in self._parameters.items()
-            if parameter.grad is not None and not torch.isfinite(parameter.grad).all()
+            if parameter.grad is not None and not torch.isfinite(torch.linalg.vector_norm(parameter.grad))
         ]
 
     def step(self, step: int) -> None:

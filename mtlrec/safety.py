@@ -203,7 +203,7 @@ def _describe(found: dict[str, Any], dataset: Dataset) -> str:
         # Behind a loss that is not finite every gradient is not.
         parts.append(f"gradient of {_some(found['gradients'])}")
     if not found["num_rows"]:
-        parts.append(f"gradient of the weights {_some(found['parameters']) or 'of no layer alone'}")
+        parts.append(f"gradient of the weights {_some(found['parameters']) or 'of all layers together'}")
     text = f"is not finite: {'; '.join(parts)}"
     if found["num_rows"]:
         rows = [_place(row, dataset) for row in found["rows"]]

@@ -158,6 +158,34 @@ def test_a_replaced_gradient_is_noticed(world: World) -> None:
         optimizer.average()
 
 
+@pytest.mark.parametrize(
+    ("weight", "bias", "named"),
+    [
+        (math.nan, 1.0, ["layer.weight"]),
+        (1.0, math.inf, ["layer.bias"]),
+        (1e25, 1.0, ["layer.weight"]),  # its square is not
+        (4e18, 8e18, []),  # nor is the sum of these, together
+    ],
+)
+def test_gradients_that_no_optimizer_can_square_are_not_finite(
+    world: World, weight: float, bias: float, named: list[str]
+) -> None:
+    model = Small()
+    optimizer = optimizer_for(model, world)
+    for value, expected in ((1e10, True), (weight, False), (1e10, True)):
+        optimizer.zero_grad()
+        (value * model.weight.sum() + (bias if not expected else 1.0) * model.bias.sum()).backward()
+        assert bool(optimizer.average()) == expected
+        assert optimizer.not_finite() == ([] if expected else named)
+
+
+def test_a_witness_that_is_not_finite_is_heard(world: World) -> None:
+    optimizer = optimizer_for(Small(), world)
+    for value, expected in ((3e38, True), (math.inf, False), (math.nan, False), (0.0, True)):
+        optimizer.zero_grad()
+        assert bool(optimizer.average([torch.tensor(1.0), torch.tensor(value)])) == expected
+
+
 def test_schedule_warms_up_and_decays() -> None:
     linear = Schedule(warmup_steps=4, decay="linear", decay_steps=10, floor=0.2)
     factors = [schedule_factor(linear, step) for step in range(20)]

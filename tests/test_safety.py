@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from mtlrec.checkpoint import folder
 from mtlrec.checkpoint.manifest import read_manifest
@@ -17,10 +20,10 @@ from mtlrec.control import Silent
 from mtlrec.distributed import World
 from mtlrec.job.errors import FinalFailure
 from mtlrec.preflight import Run
-from mtlrec.safety import Skipped
+from mtlrec.safety import Evidence, Skipped, _examine
 from mtlrec.train import train
 from tests.distributed.test_training import call_of, checkpoint_bytes, recorded_rows
-from tests.model.example import single_world
+from tests.model.example import cut, example_job, example_schema, global_rows, single_world
 from tests.small_data import small_job, write_small_data
 
 world = pytest.fixture(scope="module")(single_world)
@@ -142,6 +145,33 @@ def test_a_run_that_can_only_skip_stops_at_the_bound(data: Path, world: World) -
         go(job, world, 2)
     result, _ = go({**job, "run": {**job["run"], "max_skipped": 50}}, world, 3)
     assert (result["skipped_steps"], result["rows"]) == (STEPS, 0)
+
+
+def test_findings_name_the_row_of_a_negative_and_the_table() -> None:
+    """Four rows with two negatives each: the second of row 2 looks up a broken row of a table."""
+    job = example_job()
+    schema = example_schema(job)
+    whole = cut(global_rows(schema, 96, 1), schema, 0, 1)
+    batch = replace(whole, rows=torch.tensor([7, 5, 9, -1]), negatives=torch.ones(4, 2, dtype=torch.bool))
+    x, place = torch.ones(12, schema.embedding_width + schema.dense_width), 0
+    for lookup in schema.lookups:
+        if lookup.table == "brand_wide":
+            x[4 + 2 * 2 + 1, place] = math.nan
+        place += lookup.width
+    x[4 + 2 * 2, -1] = -50.0  # of the first negative of that row
+    x[0, -1] = 1e9  # of a row that is well
+    outputs, losses = torch.zeros(12, 3), torch.zeros(4, 3)
+    outputs[9, 1] = math.inf
+    evidence = Evidence(batch, outputs, losses, x, None, [])
+    assert _examine(schema, evidence) == {
+        "rows": [9],
+        "num_rows": 1,
+        "tasks": ["buy"],
+        "inputs": ["brand in table brand_wide"],
+        "gradients": [],
+        "largest": (50.0, "image"),
+        "parameters": [],
+    }
 
 
 def test_a_checkpoint_older_than_the_count_has_skipped_nothing() -> None:
