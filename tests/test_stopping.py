@@ -16,7 +16,8 @@ ATTEMPT = 4
 
 def watched(run: Path, attempt: int = ATTEMPT) -> bool:
     """Whether a driver that begins to look now hears a request; the file is gone when it has ended."""
-    stop, said = StopRequest(), []
+    said: list[str] = []
+    stop = StopRequest()
     with stop.watching(str(run), attempt, said.append):
         deadline = time.monotonic() + (30 if (run / STOP).exists() else 0)
         while not stop.asked and time.monotonic() < deadline:
