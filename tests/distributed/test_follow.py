@@ -199,12 +199,13 @@ class Session:
 
     def job(self, name: str) -> dict[str, Any]:
         job = small_job(self.folder / f"data-{name}", self.folder / "runs", name, data__eval=None)
-        job["data"]["follow"] = {"poll_s": 0.3, "idle_s": 1.5, "state_decay": DECAY}
-        if name == "stopped":
-            job["data"]["follow"]["idle_s"] = None
+        job["data"]["follow"] = {"poll_s": 0.3, "state_decay": DECAY}
         # One table that every worker holds whole, the others by rows.
         job["run"]["sharding"] = {"hour": "data_parallel", "user_id": "row_wise", "item_id": "row_wise"}
         job["run"] |= {"epochs": EPOCHS, "record_rows": True}
+        if name != "stopped":
+            # No wait behind the last generation, and none that a busy machine could outlast before.
+            job["run"]["max_steps"] = sum(STEPS)
         job["run"]["checkpoint"] = {"every_steps": 9, "keep_last": 100}
         return job
 
