@@ -16,6 +16,7 @@ from mtlrec.batch import Batch
 from mtlrec.control import Control
 from mtlrec.distributed import World, all_reduce_sum
 from mtlrec.lockstep import Totals
+from mtlrec.s3 import plain_errors
 from mtlrec.safety import Skipped
 
 
@@ -164,23 +165,34 @@ class Events:
     """TensorBoard event files of one start in the run's folder; on object storage, sent at each flush."""
 
     def __init__(self, run_url: str, start: int) -> None:
-        from tensorboardX import SummaryWriter
+        # Not its SummaryWriter: once the thread of that has met a full disk, whoever adds to its queue waits
+        # for ever.
+        from tensorboardX.event_file_writer import EventsWriter
 
         self._target = storage.join(run_url, "tensorboard", f"a{start:04d}")
         local = storage.local_path(self._target)
         self._scratch = None if local else tempfile.TemporaryDirectory(prefix="mtlrec-events-")
         self._folder = local or Path(self._scratch.name if self._scratch else "")
-        self._writer = SummaryWriter(str(self._folder), flush_secs=30)
+        with plain_errors(str(self._folder), "written"):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._writer = EventsWriter(str(self._folder / "events"))
 
     def scalar(self, name: str, value: float, step: int) -> None:
-        self._writer.add_scalar(name, value, step)
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        event = Event(wall_time=time.time(), step=step, summary=scalar(name, value))
+        with plain_errors(str(self._folder), "written"):
+            self._writer.write_event(event)
 
     def flush(self) -> None:
-        self._writer.flush()
+        with plain_errors(str(self._folder), "written"):
+            self._writer.flush()
         self._upload()
 
     def close(self) -> None:
-        self._writer.close()
+        with plain_errors(str(self._folder), "written"):
+            self._writer.close()
         self._upload()
         if self._scratch is not None:
             self._scratch.cleanup()
