@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.distributed.processes import Results, run_processes
@@ -41,18 +43,20 @@ FAULTS = {
 """What goes wrong -> what is said of it."""
 
 
-def work(world: Any, cases: dict[str, dict[str, Any]]) -> Results:
+def work(world: Any, data_url: str, cases: dict[str, dict[str, Any]]) -> Results:
     """In a worker: for each case five steps by `train_step`, before the third of which every fault is tried,
     and the five by one plain backward. Returns all that a checkpoint keeps and the losses of both, and what
     the faults moved and were told.
     """
     import torch
 
+    from mtlrec.data.shards import Dataset
     from mtlrec.lockstep import Totals
     from tests.distributed.training import batches
     from tests.model.example import counts, example_job, example_schema, local
 
     found: Results = {}
+    dataset = Dataset.open(data_url, [])
     for name, changes in cases.items():
         job = example_job(**changes)
         schema = example_schema(job)
@@ -63,7 +67,7 @@ def work(world: Any, cases: dict[str, dict[str, Any]]) -> Results:
             totals = Totals(count.double(), int(count[-1]), ())
             if step == 2:
                 for fault in FAULTS:
-                    moved, told = try_fault(ours, schema, batch, totals, fault)
+                    moved, told = try_fault(ours, schema, dataset, batch, totals, fault)
                     found |= {f"{name}/{fault}/moved": moved, f"{name}/{fault}/told": told}
             done = ours.train_step(batch, totals)
             assert done.evidence is None, (name, step)
@@ -115,19 +119,17 @@ def contents(trainer: Any) -> dict[str, Any]:
     return found
 
 
-def try_fault(trainer: Any, schema: Any, batch: Any, totals: Any, fault: str) -> tuple[list[str], str]:
+def try_fault(
+    trainer: Any, schema: Any, dataset: Any, batch: Any, totals: Any, fault: str
+) -> tuple[list[str], str]:
     """One step with a fault, then all as before: which tensors it moved, and what the run would end on."""
     import torch
 
     from mtlrec.control import Silent
-    from mtlrec.data.shards import Dataset, Shard
     from mtlrec.job.errors import FinalFailure
     from mtlrec.job.run import RunSection
     from mtlrec.safety import Guard, Skipped
 
-    shard = Shard("part-0.parquet", "", 0, (50, 46), "")
-    of_shard, index, rows, start = (np.array(values) for values in ([0, 0], [0, 1], [50, 46], [0, 50]))
-    dataset = Dataset("", (shard,), of_shard, index, rows, start, 96, "", {})
     step, before = trainer.step, batch.position
     with faulty(trainer, batch, fault) as spoilt:
         held = {key: value.detach().clone() for key, value in contents(trainer).items()}
@@ -186,7 +188,12 @@ def faulty(trainer: Any, batch: Any, fault: str) -> Iterator[Any]:
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 worker", "2 workers"])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
     folder: Path = tmp_path_factory.mktemp("safety")
-    return run_processes(f"{HERE}:work", request.param, folder, {"cases": CASES})
+    # What the rows of a batch are found in: 96 of them, as there are in it.
+    (folder / "train").mkdir()
+    table = pa.table({"number": range(96)})
+    pq.write_table(table, folder / "train" / "part-0.parquet", row_group_size=50)
+    arguments = {"data_url": str(folder / "train"), "cases": CASES}
+    return run_processes(f"{HERE}:work", request.param, folder / "run", arguments, timeout=400)
 
 
 @pytest.mark.parametrize("case", CASES)
