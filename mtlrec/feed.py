@@ -67,8 +67,8 @@ class Feed:
         return {"fingerprint": self.record["fingerprint"], "index": index}
 
     def next(self, dataset: Dataset, world: World, control: Control) -> Feed:
-        """Of the next generation. A collective. Raises InputError where negatives cannot be drawn from it."""
-        sampler = _sampler(self.job, self.schema, dataset, self.vocabularies, world, control)
+        """Of the next generation. A collective. Raises InputError where a row does not fit."""
+        sampler = _sampler(self.job, self.schema, dataset, self.vocabularies, world, control, later=True)
         return replace(self, opened=dataset, record=None, sampler=sampler)
 
     def reader(self, position: Position, step: int, world: World) -> Reader:
@@ -141,7 +141,8 @@ def open_feed(
             storage.write(storage.join(run.url, "job.yaml"), text.encode())
     sampler = None
     if dataset is not None:
-        sampler = _sampler(job, schema, dataset, vocabularies, world, control)
+        later = position.generation > 0
+        sampler = _sampler(job, schema, dataset, vocabularies, world, control, later)
     return Feed(job, schema, dataset, record, vocabularies, sampler, storage.join(run.url, QUARANTINE))
 
 
@@ -152,12 +153,16 @@ def _sampler(
     vocabularies: Mapping[str, Vocabulary],
     world: World,
     control: Control,
+    later: bool,
 ) -> Sampler | None:
-    """What draws negatives by the positives of `dataset`, where the job wants any. A collective."""
+    """What draws negatives by the positives of `dataset`, where the job wants any. A collective.
+
+    later: it is no first generation. A quiet hour may be without a positive, and then draws nothing.
+    """
     if job.data.negatives is None:
         return None
     good = good_rows(dataset, schema, job.data.tolerance)
-    index = build_index(good, schema, job.data.negatives, vocabularies, world, control)
+    index = build_index(good, schema, job.data.negatives, vocabularies, world, control, later)
     return Sampler(index, schema, job.data.negatives, job.seed)
 
 

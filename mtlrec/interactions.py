@@ -44,11 +44,12 @@ def build_index(
     vocabularies: Mapping[str, Vocabulary],
     world: World,
     control: Control,
+    may_be_empty: bool = False,
 ) -> Index:
     """The index of the training data. A collective: every rank calls it, and gets the same.
 
-    Raises InputError, on every rank alike, for a row that does not fit the schema, and where no row is a
-    positive.
+    Raises InputError, on every rank alike, for a row that does not fit the schema, and, unless it
+    `may_be_empty`, where no row is a positive.
     """
     found = together(world, lambda: _read_share(dataset, schema, section, vocabularies, world, control))
     scenario, item = _gather(found.scenario, world), _gather(found.item, world)
@@ -57,7 +58,7 @@ def build_index(
     order, first = _runs(rows, item, scenario)
     chosen = order[first]
     users, items = np.unique(_gather(np.unique(found.user), world)), np.unique(item)
-    if not len(users):
+    if not len(users) and not may_be_empty:
         raise InputError(
             f"{dataset.url}: no row has the label 1 for task {section.task!r} and both a user and an item, "
             "so that data.negatives has nothing to draw for"

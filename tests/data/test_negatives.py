@@ -94,6 +94,20 @@ def test_without_a_positive_nothing_can_be_drawn(tmp_path):
         index_of(write(tmp_path / "none", none))
 
 
+@pytest.mark.parametrize("lacking", ["click", "item"])
+@BOTH
+def test_data_that_may_be_without_a_positive_draw_nothing(tmp_path, lacking, distribution):
+    table = make_table(60)
+    place, kind = table.column_names.index(lacking), table.schema.field(lacking).type
+    nothing = pa.array([False] * 60) if lacking == "click" else pa.nulls(60, kind)
+    data = write(tmp_path / "none", table.set_column(place, lacking, nothing))
+    section = negatives(distribution=distribution)
+    index = build_index(data, SCHEMA, section, {}, ALONE, Silent(), may_be_empty=True)
+    batches = read(data, Sampler(index, SCHEMA, section, SEED), epochs=1)
+    assert sum(batch.num_rows for batch in batches) == 60
+    assert not any(batch.negatives.any() for batch in batches)
+
+
 def test_a_bad_label_is_named_while_the_index_is_built(tmp_path):
     table = make_table(50)
     click = pa.array([0] * 30 + [7] + [1] * 19)
