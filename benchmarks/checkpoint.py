@@ -267,7 +267,7 @@ def _stall(folder: Path, rows: int, batch: int, stretch: int, repeats: int) -> d
     )
     assert wall.shape == (WORKERS, 2 * repeats)
     copies, writes = results[0]["copies"], results[0]["writes"]
-    in_time = max(writes) < min(wall[0, 1::2])
+    in_time = bool(max(writes) < wall[0, 1::2].min())
     found: dict[str, Any] = {"stretch": stretch, "batch": batch, "complete_in_its_stretch": in_time}
     for name, lengths in (("stall", wall[0]), ("stall_cpu", cpu.mean(axis=0))):
         # One without a checkpoint, then one with.
