@@ -191,7 +191,8 @@ def test_a_store_that_goes_away_for_good_ends_the_run_in_the_stated_time(
     error = json.loads(said.out)["error"] if said.out else said.err.strip().splitlines()[-1]
     # Of several threads that fail one is told: the first, or one that came after it was given up.
     assert "s3://store/" in error and "given up" in error, error
-    assert "Traceback" not in said.err
+    # One line of ours; the server of the tests writes to the same stream.
+    assert len([line for line in said.err.splitlines() if line.startswith("mtlrec: ")]) == 1
     # docs/storage.md: retry_s, one request more, and what is left to do afterwards.
     assert ended - went[0] < 3.0 + (4.0 + 8.0) + 30.0 + SLACK_S
     # The checkpoints of before are whole, and the run goes on from there once the store is back.
