@@ -42,10 +42,11 @@ def undisturbed(home: Path) -> dict[str, Any]:
 
 def test_a_killed_worker_and_a_killed_driver_lose_nothing(home: Path, undisturbed: dict[str, Any]) -> None:
     first = Command(home, "train", "job.yaml", "--name", "killed")
-    first.wait_for(lambda: bool(checkpoints(home, "killed")))
-    # A second driver is told who holds the run, while it is alive.
-    refused = Command(home, "train", "job.yaml", "--name", "killed").result(code=2, timeout=60)
+    # A second driver is told who holds the run, while it is alive: Ray takes longer to start than that does.
+    first.wait_for((home / "runs" / "killed" / "attempts" / "1.json").exists)
+    refused = Command(home, "train", "job.yaml", "--name", "killed").result(code=2)
     assert str(first.process.pid) in refused["error"]
+    first.wait_for(lambda: bool(checkpoints(home, "killed")))
     workers = [process for process in first.descendants() if "RayTrainWorker" in " ".join(process.cmdline())]
     assert len(workers) == 2, [process.cmdline() for process in first.descendants()]
     os.kill(workers[1].pid, signal.SIGKILL)
