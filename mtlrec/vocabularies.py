@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from mtlrec import storage
+from mtlrec import storage, watchdog
 from mtlrec.control import Control
 from mtlrec.data import vocabulary
 from mtlrec.data.shards import Dataset
@@ -376,7 +376,10 @@ def _ahead(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterato
     """`function` of each item, in order, in threads; no more than a few results wait to be taken."""
     with ThreadPoolExecutor(THREADS) as pool:
         for begin in range(0, len(items), 2 * THREADS):
-            yield from pool.map(function, items[begin : begin + 2 * THREADS])
+            for result in pool.map(function, items[begin : begin + 2 * THREADS]):
+                # Between two exchanges of the workers may lie hours of this.
+                watchdog.alive("vocabulary")
+                yield result
 
 
 def _agree(world: World, action: Callable[[], Result]) -> Result:

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtlrec import storage, vocabularies
+from mtlrec import storage, vocabularies, watchdog
 from mtlrec.control import Silent
 from mtlrec.data.ids import hash_ids
 from mtlrec.data.shards import Dataset
@@ -220,6 +220,16 @@ def test_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [event["text"] for event in screen.events if event["kind"] == "log"]
     kept, distinct = len(expected(table, ITEM)), len(expected(table, Wanted("", ITEM.columns, 1, None, 1)))
     assert texts[0] == f"vocabulary of item: {kept:,} of {distinct:,} ids have a row of their own"
+
+
+def test_every_row_group_is_a_sign_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    signs: list[str] = []
+    monkeypatch.setattr(watchdog, "alive", signs.append)
+    write_data(tmp_path / "data")
+    dataset = open_data(tmp_path / "data")
+    # No other rank's screen, nor any exchange, says anything of this one.
+    build(dataset, [ITEM], str(tmp_path / "run"), ALONE, Silent())
+    assert signs.count("vocabulary") > len(dataset.group_rows), "and so is every section that is merged"
 
 
 def test_what_is_there_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
