@@ -106,12 +106,13 @@ def evaluate(
     bad_rows = left_out(quarantine, world)
     if world.rank == 0 and any(bad_rows.values()):
         control.show({"kind": "log", "text": f"left out of {url}: {told(bad_rows)}"})
+    ideal = together(world, lambda: ideal_of(ideal_url) if ideal_url and world.rank == 0 else None)
     parts = gather_bytes(metrics.to_bytes(), world)
     if parts is None:
         return Measured({}, None, bad_rows)
     for part in parts[1:]:
         metrics.merge(Metrics.from_bytes(part))
-    return Measured(metrics.result(), ideal_of(ideal_url) if ideal_url else None, bad_rows)
+    return Measured(metrics.result(), ideal, bad_rows)
 
 
 def left_out(quarantine: Quarantine | None, world: World) -> Counts:

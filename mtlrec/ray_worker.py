@@ -17,6 +17,8 @@ DUMP_S = 5.0
 """Seconds that a worker which has hung leaves the others to write their stacks, before it ends."""
 NOTICED_S = 10.0
 """Seconds that Ray gets to see that the time of a node has come which was announced."""
+ASK_AGAIN_S = 300.0
+"""A worker's question whether another one has hung is answered by then, and asked again."""
 QUIET_S = 30.0
 """After a worker's line that it has hung, those of others are not shown for so long."""
 Ending = tuple[str, str]
@@ -59,9 +61,16 @@ class Board:
         self._hung.set()
         self._hung = asyncio.Event()
 
-    async def hung(self) -> None:
-        """Returns when a worker of this start has said that it has hung."""
-        await self._hung.wait()
+    async def hung(self) -> bool:
+        """True when a worker of this start has said that it has hung; False after ASK_AGAIN_S seconds.
+
+        So that what dead workers have asked does not add up, over many starts, to all that the board serves.
+        """
+        try:
+            await asyncio.wait_for(self._hung.wait(), ASK_AGAIN_S)
+        except TimeoutError:
+            return False
+        return True
 
 
 class RayControl:
@@ -181,7 +190,9 @@ def _dump_when_called(board: Any, dog: watchdog.Watchdog) -> None:
 
     def wait() -> None:
         with suppress(Exception):  # the board ends with the run
-            ray.get(call)
+            asked = call
+            while not ray.get(asked):
+                asked = board.hung.remote()
             dog.dump()
 
     threading.Thread(target=wait, name="hung-elsewhere", daemon=True).start()

@@ -177,7 +177,10 @@ class Saver:
         names = section.metric if section is not None else ()
         try:
             folder.sweep(self._run.url, self._start)
-            folder.retain(self._run.url, self.feed.job.run.checkpoint.keep_last, names=names)
+            # Workers that outlived their driver may have left a later one than ours.
+            ours = folder.checkpoint_url(self._run.url, self._step, self._start)
+            keep_last = self.feed.job.run.checkpoint.keep_last
+            folder.retain(self._run.url, keep_last, protect=(ours,), names=names)
         except (InputError, StorageError) as error:
             # The new checkpoint is complete, and the next save tries again.
             self._left_behind.append(f"old checkpoints could not be removed: {error}")
