@@ -48,7 +48,7 @@ class WorkersSection(Section):
     """As many workers as there is room for, within bounds; training goes on where their number changes."""
 
     min: int = Field(ge=1, le=MAX_WORKERS)
-    """Fewer do not start: the run waits for them."""
+    """Where the cluster has room for fewer, the command is refused; a run that has begun waits for them."""
     max: int = Field(ge=1, le=MAX_WORKERS)
 
     @model_validator(mode="after")
