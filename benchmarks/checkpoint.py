@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--quick", action="store_true")
     asked = parser.parse_args(arguments)
     if asked.quick:
-        asked.gib, asked.repeats, asked.batch, asked.stretch = 1 / 64, 2, 256, 60
+        asked.gib, asked.repeats, asked.batch, asked.stretch = 1 / 64, 2, 256, 10
     found: dict[str, Any] = {"gib": asked.gib, "workers": WORKERS, "repeats": asked.repeats}
     with tempfile.TemporaryDirectory(prefix="mtlrec-benchmark-", dir=asked.folder) as scratch:
         folder = Path(scratch)
