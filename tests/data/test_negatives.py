@@ -105,7 +105,7 @@ def test_data_that_may_be_without_a_positive_draw_nothing(tmp_path, lacking, dis
     index = build_index(data, SCHEMA, section, {}, ALONE, Silent(), may_be_empty=True)
     batches = read(data, Sampler(index, SCHEMA, section, SEED), epochs=1)
     assert sum(batch.num_rows for batch in batches) == 60
-    assert not any(batch.negatives.any() for batch in batches)
+    assert all(batch.negatives is not None and not batch.negatives.any() for batch in batches)
 
 
 def test_a_bad_label_is_named_while_the_index_is_built(tmp_path):

@@ -90,9 +90,7 @@ def test_two_workers_that_were_stopped_end_where_one_process_does_and_leave_noth
     assert "embedding tables on 2 worker(s)" in command.err.read_text()
 
 
-def test_evaluate_and_predict_on_workers_agree_with_one_process(
-    home: Path, undisturbed: dict[str, Any]
-) -> None:
+def test_evaluate_on_workers_agrees_with_one_process(home: Path, undisturbed: dict[str, Any]) -> None:
     run_dir = undisturbed["run_dir"]
     measured = Command(home, "evaluate", run_dir, "--workers", "2").result()
     for task, numbers in undisturbed["metrics"]["all"].items():
@@ -116,9 +114,9 @@ def test_an_input_error_of_one_worker_ends_all_at_once_with_one_line(home: Path)
 def test_a_node_that_is_taken_away_is_no_failure(home: Path, undisturbed: dict[str, Any]) -> None:
     with Cluster(1) as cluster:
         cluster.wait_for_head()
-        train = ("train", "job.yaml", "--name", "drained", "--address", cluster.address)
-        train += ("--set", "run.epochs=10000", "--set", "run.max_steps=null", "--set", "run.max_failures=0")
-        train += ("--set", "run.checkpoint.every_steps=null")
+        train = ["train", "job.yaml", "--name", "drained", "--address", cluster.address]
+        train += ["--set", "run.epochs=10000", "--set", "run.max_steps=null", "--set", "run.max_failures=0"]
+        train += ["--set", "run.checkpoint.every_steps=null"]
         error = ""
         deadline = time.monotonic() + 120
         while "CPUs" not in error and time.monotonic() < deadline:
