@@ -72,14 +72,15 @@ def _read_all(run_url: str, numbers: Iterable[int]) -> Iterator[Record | None]:
 
 
 def create_record(run_url: str, record: Record) -> None:
-    """Write a generation down. InputError where that number has been given to other shards."""
+    """Write a generation down. StorageError where another start has given that number to other shards."""
     number = record["generation"]
     if storage.create(record_url(run_url, number), _dump(record)):
         return
     # A create that was repeated after a lost answer finds its own first try.
     if (read_record(run_url, number) or {}).get("fingerprint") != record["fingerprint"]:
-        raise InputError(
-            f"{record_url(run_url, number)}: another driver has written this generation meanwhile"
+        # A start that was given up and lives on for a moment: the next one reads what it has written.
+        raise storage.StorageError(
+            f"{record_url(run_url, number)}: another start of this run has written it meanwhile"
         )
 
 
@@ -118,7 +119,10 @@ def open_recorded(url: str, columns: Sequence[Column], record: Record, tolerance
     """The shards of a generation, which must be as they were when it was written down."""
     number = record["generation"]
     paths = [shard["path"] for shard in record["shards"]]
-    cure = f"generation {number} has still to be trained on; put them back as they were"
+    cure = (
+        f"generation {number} has still to be trained on; put them back as they were, or, where nothing of "
+        f"it has been trained yet, remove generations/{number}.json of the run to have it written down anew"
+    )
     there = {file.path for file in list_shards(url)}
     if gone := [path for path in paths if path not in there]:
         raise InputError(f"{url}: {_some(gone)} of {len(paths)} shards gone, which {cure}")

@@ -142,7 +142,7 @@ def _run_config(action: str, run: RunSection, name: str, scratch: str) -> Any:
         storage_path=path,
         storage_filesystem=filesystem,
         failure_config=ray.train.FailureConfig(
-            max_failures=run.max_failures,
+            max_failures=-1 if run.max_failures is None else run.max_failures,
             # Ray's types show the class that this one takes the place of.
             max_preemption_failures=-1 if run.max_preemptions is None else run.max_preemptions,  # type: ignore[call-arg]
         ),
@@ -210,36 +210,59 @@ def _follow(
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     thread.start()
 
+    unanswered = RuntimeError(
+        f"the Ray cluster has not answered for {run.step_timeout_s:g} s; the last checkpoint stands"
+    )
+
     def pass_on() -> None:
         try:
-            # It waits for no worker, and so takes no longer than a word to the cluster's head and back.
+            # It lies beside the driver and waits for nobody.
             drained = ray.get(board.drain.remote(stop.asked), timeout=run.step_timeout_s)
         except ray.exceptions.GetTimeoutError:
-            raise RuntimeError(
-                f"the Ray cluster has not answered for {run.step_timeout_s:g} s; the last checkpoint stands"
-            ) from None
+            raise unanswered from None
         _pass_on(drained, show)
 
-    looked_at, said_at = time.monotonic(), 0.0
+    room, said_at = _Room(lambda: _short_of(ray, run)), 0.0
     while thread.is_alive():
         alive()
         now = time.monotonic()
-        if now - looked_at >= ROOM_S:
-            looked_at, short = now, _short_of(ray, run)
-            if short is not None and stop.asked:
+        if now - room.looked_at >= run.step_timeout_s:
+            raise unanswered
+        if (short := room.short) is not None:
+            if stop.asked:
                 # No worker is left that could hear it, nor anything that could be saved.
                 raise KeyboardInterrupt
-            if short is not None and now - said_at >= SAY_S:
+            if now - said_at >= SAY_S:
                 # Ray waits for nodes without end, and without a word.
                 said_at = now
                 show({"kind": "log", "text": f"waiting for nodes: {short}"})
         pass_on()
         thread.join(POLL_S)
+    room.ended.set()
     pass_on()
     if "error" in outcome:
         raise RuntimeError(_cause(outcome["error"])) from outcome["error"]
     result: dict[str, Any] = outcome["result"].return_value
     return result
+
+
+class _Room:
+    """What the cluster lacks, asked for again and again in a thread: a head that hangs gives no answer."""
+
+    def __init__(self, ask: Callable[[], str | None]) -> None:
+        self.short: str | None = None
+        self.looked_at = time.monotonic()
+        """When the head last answered."""
+        self.ended = threading.Event()
+        self._ask = ask
+        threading.Thread(target=self._keep, name="room", daemon=True).start()
+
+    def _keep(self) -> None:
+        while not self.ended.wait(ROOM_S):
+            # A head that refuses is told by its silence.
+            with suppress(Exception):
+                self.short = self._ask()
+                self.looked_at = time.monotonic()
 
 
 def _pass_on(

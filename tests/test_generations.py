@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mtlrec import generations
+from mtlrec import generations, storage
 from mtlrec.data.shards import Dataset
 from mtlrec.generations import Record, Watch
 from mtlrec.job.errors import InputError
@@ -142,7 +142,7 @@ def test_a_generation_must_be_as_it_was_written_down(tmp_path: Path) -> None:
     opened = generations.open_recorded(str(data), COLUMNS, record, None)
     assert (opened.fingerprint, opened.rows) == (chosen.fingerprint, 10)
     whole = Dataset.open(str(data), COLUMNS)
-    with pytest.raises(InputError, match="another driver"):
+    with pytest.raises(storage.StorageError, match="another start"):
         generations.create_record(run, generations.record_of(3, whole.index(), {}))
     write(data / "a.parquet", rows=9)
     with pytest.raises(InputError, match=r"shards have changed .*a.parquet.*generation 3"):

@@ -8,6 +8,9 @@ from pydantic import Field
 
 from mtlrec.job.section import Section
 
+WAITING = ("poll_s", "idle_s", "unreadable_s")
+"""How long is waited, for what: it may change under a run's name."""
+
 
 class FollowSection(Section):
     """Shards that appear under data.train are trained as they come (docs/follow.md); true: all defaults."""

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from mtlrec.job.describe import describe
 from mtlrec.job.errors import InputError
-from mtlrec.job.follow import FollowSection, allow_switch, switch
+from mtlrec.job.follow import WAITING, FollowSection, allow_switch, switch
 from mtlrec.job.metric import check_metrics
 from mtlrec.job.model import Factorization, ModelSection, Tower
 from mtlrec.job.optimizer import OptimizerSection
@@ -231,7 +231,10 @@ class Job(Section):
 
     def essence(self) -> dict[str, Any]:
         """`to_dict()` without what is outside a run's identity."""
-        return {key: value for key, value in self.to_dict().items() if key not in OUTSIDE_IDENTITY}
+        body = {key: value for key, value in self.to_dict().items() if key not in OUTSIDE_IDENTITY}
+        if (follow := body["data"]["follow"]) is not None:
+            body["data"]["follow"] = {key: value for key, value in follow.items() if key not in WAITING}
+        return body
 
     def identity(self) -> str:
         """Hash of `essence`: two jobs with one identity may share a run's checkpoints."""

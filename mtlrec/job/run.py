@@ -81,8 +81,8 @@ class RunSection(Section):
     """Null: the finished model is measured, once."""
     seeds: list[Seed] | None = Field(default=None, min_length=1)
     """Train once with each, as runs NAME-seedS, and report mean and deviation; null: with `seed` alone."""
-    max_failures: int = Field(default=3, ge=0)
-    """Worker failures that Ray Train repairs by going on from the last checkpoint."""
+    max_failures: int | None = Field(default=3, ge=0)
+    """Worker failures that Ray Train repairs by going on from the last checkpoint; null: always repaired."""
     max_preemptions: int | None = Field(default=None, ge=0)
     """As often workers may be lost with a node that said before that it would go; null: always repaired."""
     non_finite: Literal["stop", "skip"] = "stop"

@@ -120,6 +120,15 @@ def test_identity_is_everything_but_run() -> None:
     assert parse_job(TEXT, "job.yaml", ["optimizer.tables.lr=0.1"]).identity() != identity
 
 
+def test_how_long_a_run_waits_is_not_what_it_is() -> None:
+    job = parse_job(TEXT, "test", ["data.follow={state_decay: 0.5}"])
+    waiting = parse_job(
+        TEXT, "test", ["data.follow={state_decay: 0.5, poll_s: 1, idle_s: 0, unreadable_s: 5}"]
+    )
+    assert job.identity() == waiting.identity()
+    assert job.identity() != parse_job(TEXT, "test", ["data.follow=true"]).identity()
+
+
 @given(
     lr=st.floats(1e-6, 10),
     dim=st.integers(1, 64).map(lambda n: 4 * n),
