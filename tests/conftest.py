@@ -24,9 +24,9 @@ settings.load_profile("mtlrec")
 
 LONGEST = (
     "test_ray",
-    "test_chaos",
     "test_training",
     "test_everything",
+    "test_chaos",
     "test_compare",
     "test_sharding",
     "test_checkpoint",
