@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from hypothesis import HealthCheck, settings
+
+from mtlrec import s3
+from mtlrec.job.storage import StorageSection
 
 settings.register_profile(
     "mtlrec",
@@ -21,6 +25,14 @@ settings.register_profile(
     print_blob=True,
 )
 settings.load_profile("mtlrec")
+
+
+@pytest.fixture(autouse=True)
+def as_if_new() -> Iterator[None]:
+    """How object storage is reached holds for a process: what a command in a test has set must not stay."""
+    yield
+    s3.configure(StorageSection())
+
 
 LONGEST = (
     "test_ray",
