@@ -165,23 +165,26 @@ def copies(world: Any, folder: str, rows: int, repeats: int) -> Results:
 
 def _write_plainly(folder: Path, blocks: Any) -> None:
     """The same bytes, in files as large as those of a checkpoint, one after the other."""
-    from mtlrec.checkpoint.parts import BLOCK_BYTES
-    from mtlrec.checkpoint.tensors import to_bytes
-
     folder.mkdir(parents=True)
-    for block in blocks:
-        for name, value in (("weights", block.weights), *block.state.items()):
-            data = to_bytes(value)
-            for begin in range(0, len(data), BLOCK_BYTES):
-                with open(folder / f"{block.table}-{name}-{begin}", "wb", buffering=0) as file:
-                    rest = data[begin : begin + BLOCK_BYTES]
-                    while rest:
-                        rest = rest[file.write(rest) :]
-                    os.fsync(file.fileno())
+    for path, rest in _plain_files(folder, blocks):
+        with open(path, "wb", buffering=0) as file:
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
 
 
 def _read_plainly(folder: Path, blocks: Any) -> None:
     """Those files, back into the memory that they came from."""
+    for path, rest in _plain_files(folder, blocks):
+        with open(path, "rb", buffering=0) as file:
+            while rest:
+                count = file.readinto(rest)
+                assert count, "cut short"
+                rest = rest[count:]
+
+
+def _plain_files(folder: Path, blocks: Any) -> Iterator[tuple[Path, memoryview]]:
+    """Each file of plain copies, and the memory that it is a copy of."""
     from mtlrec.checkpoint.parts import BLOCK_BYTES
     from mtlrec.checkpoint.tensors import to_bytes
 
@@ -189,12 +192,7 @@ def _read_plainly(folder: Path, blocks: Any) -> None:
         for name, value in (("weights", block.weights), *block.state.items()):
             data = to_bytes(value)
             for begin in range(0, len(data), BLOCK_BYTES):
-                with open(folder / f"{block.table}-{name}-{begin}", "rb", buffering=0) as file:
-                    rest = data[begin : begin + BLOCK_BYTES]
-                    while rest:
-                        count = file.readinto(rest)
-                        assert count, "cut short"
-                        rest = rest[count:]
+                yield folder / f"{block.table}-{name}-{begin}", data[begin : begin + BLOCK_BYTES]
 
 
 def _drop_from_cache(folder: Path) -> None:

@@ -28,6 +28,14 @@ range, in good form. lost: what was asked is done, and the connection ends befor
 By `choose` alone: full (507), region (400), conflict (409), late error (it is done, and a 200 holds an
 error), keys (a deletion of many is answered with an error for each and not done).
 """
+_REFUSALS: dict[str | None, tuple[int, str, str]] = {
+    "busy": (503, "SlowDown", "Please reduce your request rate."),
+    "error": (500, "InternalError", "We encountered an internal error. Please try again."),
+    "full": (507, "InsufficientStorage", "The store is full."),
+    "region": (400, "AuthorizationHeaderMalformed", "The region 'us-east-1' is wrong."),
+    "conflict": (409, "ConditionalRequestConflict", "A conflicting operation is in progress."),
+}
+"""Faults that are an answer of the store's: status, code, message."""
 _HOP = {"connection", "keep-alive", "transfer-encoding", "expect", "proxy-connection"}
 
 
@@ -173,20 +181,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault in ("close", "reset"):
             self._hang_up(fault == "reset")
             return
-        if fault == "busy":
-            self._fail(503, "SlowDown", "Please reduce your request rate.")
-            return
-        if fault == "error":
-            self._fail(500, "InternalError", "We encountered an internal error. Please try again.")
-            return
-        if fault == "full":
-            self._fail(507, "InsufficientStorage", "The store is full.")
-            return
-        if fault == "region":
-            self._fail(400, "AuthorizationHeaderMalformed", "The region 'us-east-1' is wrong.")
-            return
-        if fault == "conflict":
-            self._fail(409, "ConditionalRequestConflict", "A conflicting operation is in progress.")
+        if fault in _REFUSALS:
+            self._fail(*_REFUSALS[fault])
             return
         if fault == "keys":
             self._reply(

@@ -15,7 +15,7 @@ from mtlrec import distributed
 from mtlrec.job.job import job_from_dict
 from mtlrec.preflight import open_run
 from tests.distributed.processes import Results, run_processes
-from tests.distributed.test_everything import TASKS, everything
+from tests.distributed.test_everything import TASKS, Recorder, everything
 from tests.distributed.test_training import recorded_rows
 from tests.small_data import small_job
 from tests.test_bad_rows import good_numbers, write_spoiled
@@ -28,18 +28,9 @@ EPOCH = 32
 
 def work(world: Any, calls: list[dict[str, Any]]) -> Results:
     """In a worker: train each in turn; its result, or its error, and the losses of every step."""
-    from mtlrec.control import Silent
     from mtlrec.job.errors import InputError
     from mtlrec.preflight import Run
     from mtlrec.train import train
-
-    class Recorder(Silent):
-        def __init__(self) -> None:
-            self.losses: list[list[float]] = []
-
-        def show(self, event: dict[str, Any]) -> None:
-            if event["kind"] == "progress" and event["what"] == "train":
-                self.losses.append([event["losses"].get(task, 0.0) for task in TASKS])
 
     found: Results = {"results": []}
     for index, call in enumerate(calls):

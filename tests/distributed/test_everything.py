@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mtlrec.control import Silent
 from mtlrec.job.job import job_from_dict
 from mtlrec.preflight import open_run
 from tests.distributed.processes import Results, run_processes
@@ -72,19 +73,21 @@ def everything(data: Path, storage: Path, name: str, backbone: str, steps: int) 
     return job
 
 
+class Recorder(Silent):
+    """Keeps the losses of every report: of every step, where a job reports that often."""
+
+    def __init__(self) -> None:
+        self.losses: list[list[float]] = []
+
+    def show(self, event: dict[str, Any]) -> None:
+        if event["kind"] == "progress" and event["what"] == "train":
+            self.losses.append([event["losses"].get(task, 0.0) for task in TASKS])
+
+
 def work(world: Any, calls: list[dict[str, Any]]) -> Results:
     """In a worker: train each in turn. Losses of every step, results, and the bytes of every vocabulary."""
-    from mtlrec.control import Silent
     from mtlrec.preflight import Run
     from mtlrec.train import train
-
-    class Recorder(Silent):
-        def __init__(self) -> None:
-            self.losses: list[list[float]] = []
-
-        def show(self, event: dict[str, Any]) -> None:
-            if event["kind"] == "progress" and event["what"] == "train":
-                self.losses.append([event["losses"].get(task, 0.0) for task in TASKS])
 
     found: Results = {"results": []}
     for index, call in enumerate(calls):
