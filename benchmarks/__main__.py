@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> None:
     while arguments and not arguments[0].startswith("-"):
         names.append(arguments.pop(0))
     unknown = [name for name in names if name not in BENCHMARKS]
-    if unknown or arguments in (["-h"], ["--help"]) and not names:
+    if unknown or (arguments in (["-h"], ["--help"]) and not names):
         if unknown:
             print(f"no benchmark {', '.join(unknown)}", file=sys.stderr)
         print("python -m benchmarks [NAME ...] [--quick] [--repeats N] [--folder FOLDER]; all without a NAME")
