@@ -1,4 +1,4 @@
-"""What every benchmark shares: options, two sides measured in turn, ratios with their spread, one JSON line."""
+"""What every benchmark shares: options, two sides in turn, ratios with their spread, one JSON line."""
 
 from __future__ import annotations
 
