@@ -1,0 +1,153 @@
+"""The opponent of the end-to-end benchmarks: the same model as a careful engineer writes it with TorchRec.
+
+`EmbeddingBagCollection` under `DistributedModelParallel` (which wraps the rest in DistributedDataParallel),
+on a plan that TorchRec's own planner makes. What a careful engineer would see to: every table is trained, as
+small ones are kept from being data parallel, where no optimizer would reach them; RowWiseAdagrad is fused
+into the backward; the pooled output is taken as one tensor instead of key by key; Adam is torch's fused one.
+Experts, gates and towers are modules in a loop. Only the loop of `steps` is timed: it has no metrics, no
+check of anything, no checkpoint, and its batches are all in memory.
+
+B batch rows, I trunk input width, H expert width, T tasks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torch import nn
+from torch.nn import functional
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.types import ShardingEnv
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+from benchmarks.sized import DIM, EPS, EXPERTS, HIDDEN, LEARNING_RATES, TOWER
+from mtlrec.distributed import World
+
+PARTS = ("forward", "backward", "optimizer")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One batch, as the plain model takes it."""
+
+    ids: KeyedJaggedTensor
+    dense: torch.Tensor
+    """float32 [B, 3]"""
+    labels: torch.Tensor
+    """float32 [B, T]"""
+
+
+class PlainMMoE(nn.Module):
+    """Rows -> the scalar loss: the sum over tasks of their mean binary cross-entropy."""
+
+    def __init__(self, tables: Sequence[EmbeddingBagConfig], num_dense: int, num_tasks: int) -> None:
+        super().__init__()
+        self.tables = EmbeddingBagCollection(tables=list(tables), device=torch.device("meta"))
+        inputs = sum(table.embedding_dim * table.num_features() for table in tables) + num_dense
+        self.experts = nn.ModuleList(_layers([inputs, *HIDDEN]) for _ in range(EXPERTS))
+        self.gates = nn.ModuleList(nn.Linear(inputs, EXPERTS, bias=False) for _ in range(num_tasks))
+        tower = [HIDDEN[-1], *TOWER]
+        self.towers = nn.ModuleList(
+            nn.Sequential(*_layers(tower), nn.Linear(tower[-1], 1)) for _ in range(num_tasks)
+        )
+
+    def forward(self, rows: Rows) -> torch.Tensor:
+        pooled: KeyedTensor = self.tables(rows.ids)
+        x = torch.cat([pooled.values(), rows.dense], dim=1)  # [B, I]
+        experts = torch.stack([expert(x) for expert in self.experts], dim=1)  # [B, experts, H]
+        logits = []
+        for gate, tower in zip(self.gates, self.towers, strict=True):
+            mixed = torch.bmm(gate(x).softmax(dim=1).unsqueeze(1), experts).squeeze(1)
+            logits.append(tower(mixed))
+        loss = functional.binary_cross_entropy_with_logits(torch.cat(logits, dim=1), rows.labels)
+        return loss * len(logits)
+
+
+class Plain:
+    """The model, its optimizers, and the batches that it goes round and round."""
+
+    def __init__(
+        self, tables: Sequence[tuple[str, int, Sequence[str]]], batches: Sequence[Rows], world: World
+    ) -> None:
+        """tables: name, rows, and the features that look it up, in the order of the batches' keys."""
+        configs = [
+            EmbeddingBagConfig(
+                name=name,
+                num_embeddings=rows,
+                embedding_dim=DIM,
+                feature_names=list(features),
+                pooling=PoolingType.MEAN,
+            )
+            for name, rows, features in tables
+        ]
+        model = PlainMMoE(configs, batches[0].dense.shape[1], batches[0].labels.shape[1])
+        sharder: Any = EmbeddingBagCollectionSharder(
+            fused_params={
+                "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+                "learning_rate": LEARNING_RATES["tables"],
+                "eps": EPS,
+            }
+        )
+        wholly = ParameterConstraints(sharding_types=["table_wise"], compute_kernels=["fused"])
+        planner = EmbeddingShardingPlanner(
+            topology=Topology(
+                world_size=world.world_size, local_world_size=world.local_world_size, compute_device="cpu"
+            ),
+            batch_size=batches[0].dense.shape[0],
+            constraints={name: wholly for name, _, _ in tables},
+        )
+        group = dist.group.WORLD
+        assert group is not None
+        self._model = DistributedModelParallel(
+            model,
+            env=ShardingEnv.from_process_group(group),
+            device=world.device,
+            plan=planner.collective_plan(model, [sharder], group),
+            sharders=[sharder],
+        )
+        dense = [value for name, value in self._model.named_parameters() if "tables." not in name]
+        self._optimizer = torch.optim.Adam(dense, lr=LEARNING_RATES["dense"], fused=True)
+        self._batches, self.taken = list(batches), 0
+        self.parameters = {
+            "dense": sum(value.numel() for value in dense),
+            "tables": sum(rows * DIM for _, rows, _ in tables),
+        }
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        """Spent in each part of a step so far."""
+
+    def steps(self, count: int) -> float:
+        """Take so many; the loss of the last one, on this rank."""
+        clock, seconds = time.perf_counter, self.seconds
+        loss = torch.zeros(())
+        for _ in range(count):
+            rows = self._batches[self.taken % len(self._batches)]
+            self.taken += 1
+            began = clock()
+            loss = self._model(rows)
+            forward = clock()
+            self._optimizer.zero_grad()
+            loss.backward()
+            backward = clock()
+            self._optimizer.step()
+            seconds["forward"] += forward - began
+            seconds["backward"] += backward - forward
+            seconds["optimizer"] += clock() - backward
+        return float(loss)
+
+
+def _layers(widths: Sequence[int]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for a, b in pairwise(widths):
+        layers += [nn.Linear(a, b), nn.ReLU()]
+    return nn.Sequential(*layers)

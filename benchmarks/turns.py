@@ -1,0 +1,233 @@
+"""Our training loop and plain TorchRec in turn, in the same processes: what end_to_end and scaling time.
+
+The loop of `mtlrec.train` asks its `Control` once a step whether to stop. There, every so many steps, the
+plain side takes its turn, so that both meet the same noise and caches of this machine. Ours is timed from one
+question to another: everything that lies between is in it, the reader's and the checkpoint's threads too.
+Before the plain side's turn those have come to rest, so that they take nothing from it.
+
+Each worker process has one arithmetic thread and, where the machine has as many, one core: the threads that
+read and save share it with the step.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from benchmarks.sized import Size, job
+from tests.distributed.processes import Results, run_processes
+
+_PREBUILT = 64
+"""Batches of the plain side."""
+_REST_S, _REST_AT_MOST_S = 0.05, 20.0
+
+
+@dataclass(frozen=True)
+class Turns:
+    """How the sides alternate. Each turn begins with `settle` steps that are not timed."""
+
+    repeats: int
+    ours: int = 200
+    """Steps of ours that are timed, and between two checkpoints: each turn has one."""
+    plain: int = 60
+    settle: int = 8
+
+
+def take_turns(folder: Path, size: Size, workers: int, turns: Turns) -> list[Results]:
+    """Train on the data in `folder`, on `workers` processes; what `work` returns, by rank."""
+    from mtlrec.data.shards import Dataset
+    from mtlrec.job.job import job_from_dict
+    from mtlrec.schema import build_schema
+
+    period = turns.settle + turns.ours
+    parsed = job_from_dict(job(folder, size, workers, every_steps=period), "benchmark")
+    schema = build_schema(parsed.schema_, parsed.model)
+    run = {
+        "job": parsed.to_dict(),
+        "url": f"{parsed.run.storage}/{parsed.name}",
+        "attempt": 1,
+        "fingerprint": Dataset.open(parsed.data.train, schema.columns()).fingerprint,
+    }
+    call = {"run": run, "turns": asdict(turns)}
+    return run_processes("benchmarks.turns:work", workers, folder / f"{workers}", call, timeout=1800)
+
+
+def work(world: Any, run: dict[str, Any], turns: dict[str, int]) -> Results:
+    """In a worker. By side: `wall` and `cpu`, seconds of each turn of this process (the plain side has one
+    more, before and behind each of ours); `parts`, milliseconds of a step; `losses`, first and last;
+    `parameters`.
+    """
+    from mtlrec.preflight import Run
+    from mtlrec.train import train
+
+    if world.world_size <= (os.cpu_count() or 1):
+        os.sched_setaffinity(0, {world.rank})
+    control = _control(world, run, Turns(**turns))
+    with _timed(control.spent):
+        result = train(Run(**run), world, control)
+    return control.found(result["parameters"])
+
+
+def _control(world: Any, run: dict[str, Any], turns: Turns) -> Any:
+    """The control through which the sides alternate; made here, for it imports torch."""
+    from mtlrec.control import Silent
+    from mtlrec.display import Display
+
+    plain = _plain(world, run)
+    display = Display() if world.rank == 0 else None
+    period = turns.settle + turns.ours
+    # Checkpoints are due at multiples of a period: in the middle of each turn.
+    first = period // 2
+
+    class Control(Silent):
+        def __init__(self) -> None:
+            self.asked = self.saved = 0
+            self.wall: dict[str, list[float]] = {"ours": [], "plain": []}
+            self.cpu: dict[str, list[float]] = {"ours": [], "plain": []}
+            self.spent: dict[str, float] = defaultdict(float)
+            """By our side in each part of a step so far, in seconds; during its turns alone: `parts`."""
+            self.before: dict[str, float] = {}
+            self.began = (0.0, 0.0)
+            self.parts: dict[str, float] = defaultdict(float)
+            self.losses: dict[str, list[float]] = {"ours": [], "plain": []}
+
+        def show(self, event: dict[str, Any]) -> None:
+            if display is not None:
+                display.handle(event)
+            if event["kind"] == "progress" and event["what"] == "train":
+                self.losses["ours"].append(sum(event["losses"].values()))
+            self.saved += event["kind"] == "saved"
+
+        def should_stop(self) -> bool:
+            number, step = divmod(self.asked - first, period)
+            self.asked += 1
+            if number < 0:
+                return False
+            if step == 0:
+                if number:
+                    self._end("ours")
+                    for part, seconds in self.spent.items():
+                        self.parts[part] += seconds - self.before.get(part, 0.0)
+                _rest()
+                self.losses["plain"].append(plain.steps(turns.settle))
+                self._begin()
+                self.losses["plain"].append(plain.steps(turns.plain))
+                self._end("plain")
+            elif step == turns.settle:
+                self.before = dict(self.spent)
+                self._begin()
+            return number == turns.repeats
+
+        def _begin(self) -> None:
+            self.began = time.perf_counter(), time.process_time()
+
+        def _end(self, side: str) -> None:
+            self.wall[side].append(time.perf_counter() - self.began[0])
+            self.cpu[side].append(time.process_time() - self.began[1])
+
+        def found(self, parameters: dict[str, int]) -> Results:
+            steps = turns.repeats * turns.ours
+            rest = sum(self.wall["ours"]) - sum(self.parts.values())
+            ours = {part: seconds / steps for part, seconds in {**self.parts, "rest": rest}.items()}
+            theirs = {part: seconds / plain.taken for part, seconds in plain.seconds.items()}
+            return {
+                "wall": self.wall,
+                "cpu": self.cpu,
+                "parts": {
+                    side: {part: round(1000 * seconds, 2) for part, seconds in each.items()}
+                    for side, each in (("ours", ours), ("plain", theirs))
+                },
+                "losses": {side: [each[0], each[-1]] if each else [] for side, each in self.losses.items()},
+                "parameters": {"ours": parameters, "plain": plain.parameters},
+                "saved": self.saved,
+            }
+
+    return Control()
+
+
+def _plain(world: Any, run: dict[str, Any]) -> Any:
+    """The plain side, on the first batches of this worker that our reader makes of the same files."""
+    from benchmarks.plain import Plain, Rows
+    from mtlrec.data.order import Position
+    from mtlrec.data.reader import Reader
+    from mtlrec.data.shards import Dataset
+    from mtlrec.job.job import job_from_dict
+    from mtlrec.schema import build_schema
+
+    parsed = job_from_dict(run["job"], "benchmark")
+    schema, data = build_schema(parsed.schema_, parsed.model), parsed.data
+    with Reader(
+        Dataset.open(data.train, schema.columns()),
+        schema,
+        batch_size=data.batch_size,
+        lanes=data.lanes,
+        window=data.window,
+        shuffle=True,
+        seed=0,
+        position=Position.start(data.lanes),
+        epochs=1,
+        rank=world.rank,
+        world_size=world.world_size,
+    ) as reader:
+        whole = (batch for batch in reader if batch.num_rows == len(batch.labels))
+        batches = [Rows(each.ids, each.dense, each.labels) for each in islice(whole, _PREBUILT)]
+    tables = [(table.name, table.rows, table.features) for table in schema.tables]
+    return Plain(tables, batches, world)
+
+
+@contextmanager
+def _timed(spent: dict[str, float]) -> Iterator[None]:
+    """While it is entered, the parts of our loop add the seconds that they take to `spent`."""
+    import torch
+
+    from mtlrec import lockstep
+    from mtlrec.data.reader import Reader
+    from mtlrec.model.model import Recommender
+    from mtlrec.objective.objective import Objective
+    from mtlrec.optimizers import DenseOptimizer
+
+    def timed(function: Callable[..., Any], part: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            # Of a step's two backwards, that of the tables is handed the gradient of what they gave.
+            name = "backward of tables" if part == "backward" and len(arguments) > 1 else part
+            began = time.perf_counter()
+            try:
+                return function(*arguments)
+            finally:
+                spent[name] += time.perf_counter() - began
+
+        return call
+
+    with ExitStack() as stack:
+        for owner, name, part in (
+            (Reader, "__next__", "wait for a batch"),
+            (lockstep, "all_reduce_sum", "exchange of amounts"),
+            (Recommender, "trunk_input", "lookup"),
+            (Recommender, "dense_part", "forward"),
+            (Objective, "loss", "loss"),
+            (torch.Tensor, "backward", "backward"),
+            (DenseOptimizer, "average", "average"),
+            (DenseOptimizer, "zero_grad", "optimizer"),
+            (DenseOptimizer, "step", "optimizer"),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, timed(getattr(owner, name), part)))
+        yield
+
+
+def _rest() -> None:
+    """Wait until this process has nothing to do: batches are ahead, the checkpoint is written."""
+    until = time.monotonic() + _REST_AT_MOST_S
+    while time.monotonic() < until:
+        before = time.process_time()
+        time.sleep(_REST_S)
+        if time.process_time() - before < _REST_S / 10:
+            return
+    raise AssertionError("the threads that read and save do not come to rest")
