@@ -26,7 +26,7 @@ from mtlrec.data.reader import Reader
 from mtlrec.data.shards import Dataset
 from mtlrec.data.vocabulary import Vocabulary
 from mtlrec.distributed import World, all_gather_bytes, gather_bytes
-from mtlrec.lockstep import in_step, together
+from mtlrec.lockstep import Listener, in_step, together
 from mtlrec.metrics.differences import Scored, Subject
 from mtlrec.metrics.groups import NO_GROUP
 from mtlrec.metrics.metrics import Metrics
@@ -61,12 +61,14 @@ def evaluate(
     keep: Scores | None = None,
     tolerance: float | None = None,
     dataset: Dataset | None = None,
+    listener: Listener | None = None,
 ) -> Measured:
     """Score every row of the data set at `url` (of `dataset`, if given) once, all workers together.
 
     Where the schema names the user, ranking is measured within each user's rows too. `keep` is given every
     row. tolerance: the share of rows that may be bad and are left out, which rank 0 shows; None: a bad row is
-    an error. A collective. Raises InputError, on every rank alike.
+    an error. listener: of what the ranks have to tell each other meanwhile. A collective. Raises InputError,
+    and what the listener raises, on every rank alike.
     """
     schema = schema.for_measuring()
     # What the folder says of the best that can be reached is of all its shards.
@@ -89,6 +91,7 @@ def evaluate(
         keys=keys,
         vocabularies=vocabularies,
         quarantine=quarantine,
+        listener=listener,
     )
     for batch, outputs in scored:
         rows = slice(batch.num_rows)
@@ -181,6 +184,7 @@ def score(
     vocabularies: Mapping[str, Vocabulary] = MappingProxyType({}),
     quarantine: Quarantine | None = None,
     keep_bad: bool = False,
+    listener: Listener | None = None,
 ) -> Iterator[tuple[Batch, torch.Tensor]]:
     """Yield (batch, outputs [B, T] float32 on the CPU) over the whole data set, in the order of the files.
 
@@ -213,7 +217,9 @@ def score(
     began = shown = time.monotonic()
     try:
         with reader, torch.no_grad():
-            for batch, _ in in_step(reader, world):
+            for batch, totals in in_step(reader, world, listener.signals if listener else tuple):
+                if listener is not None:
+                    listener.hear(totals.signals)
                 # Other tasks than regressions have mean 0 and deviation 1.
                 yield batch, model(batch.to(world.device)).float().cpu() * std + mean
                 # Bad rows are done too.

@@ -23,6 +23,8 @@ class Judge:
     """Measurements since then."""
     last: float | None = None
     """The score of the last measurement."""
+    owes: bool = False
+    """A measurement was due at this step and has not been made: it was broken off."""
 
     def is_due(self, step: int, before: Position, after: Position, ends: bool) -> bool:
         """Whether to measure after the step that led from position `before` to `after`.
@@ -53,7 +55,7 @@ class Judge:
             self.best, self.best_step, self.since = value, step, 0
         else:
             self.since += 1
-        self.last = value
+        self.last, self.owes = value, False
 
     def describe(self, step: int) -> str:
         """The last measurement in words."""
@@ -81,6 +83,7 @@ class Judge:
             "best_step": self.best_step,
             "since": self.since,
             "last": self.last,
+            "owes": self.owes,
         }
 
     def load(self, state: dict[str, Any] | None) -> bool:
@@ -89,4 +92,5 @@ class Judge:
             return False
         self.best, self.best_step = state["best"], state["best_step"]
         self.since, self.last = state["since"], state["last"]
+        self.owes = state.get("owes", False)  # older versions broke none off
         return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -27,6 +27,20 @@ class Totals:
     """Rows that are not padding."""
     signals: tuple[bool, ...]
     """For each signal, whether any rank raised it."""
+
+
+class BrokenOff(Exception):
+    """A pass over data was ended before its last row, on every rank at the same step: something is urgent."""
+
+
+class Listener(Protocol):
+    """What ranks tell each other while they are at something longer than a step, such as a measurement."""
+
+    def signals(self) -> Sequence[bool]:
+        """Asked on every rank before each batch."""
+
+    def hear(self, signals: Sequence[bool]) -> None:
+        """`signals`, each raised by any rank. Raises, if anything, on every rank alike: BrokenOff to end."""
 
 
 def in_step(

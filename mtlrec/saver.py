@@ -54,6 +54,7 @@ class Saver:
         """Of the checkpoint in the making."""
         self._began = time.monotonic()
         self._is_wanted = False
+        self._was_called = False
         self._left_behind: list[str] = []
 
     def __enter__(self) -> Saver:
@@ -76,15 +77,23 @@ class Saver:
 
     def signals(self) -> tuple[bool, bool, bool]:
         """What this rank tells the others at every step: a save is wanted, one is being written, failed."""
-        wanted, saving = self._control.should_save(), self._saving
-        minutes = self.feed.job.run.checkpoint.every_minutes
-        if minutes is not None and self._world.rank == 0 and saving is None:
+        wanted, minutes = self.is_called(), self.feed.job.run.checkpoint.every_minutes
+        if minutes is not None and self._world.rank == 0 and self._saving is None:
             wanted = wanted or time.monotonic() - self._began >= 60 * minutes
-        if saving is None:
-            return wanted, False, False
+        return (wanted, *self.progress())
+
+    def is_called(self) -> bool:
+        """Whether this rank has been told, since the last save, that one cannot wait (a node will go)."""
+        self._was_called = self._was_called or self._control.should_save()
+        return self._was_called
+
+    def progress(self) -> tuple[bool, bool]:
+        """Whether this rank is writing, and whether it has failed to."""
+        if self._saving is None:
+            return False, False
         # In this order: a thread that ends between the two questions is still taken for busy.
-        busy = saving.is_busy
-        return wanted, busy, not busy and saving.has_failed
+        busy = self._saving.is_busy
+        return busy, not busy and self._saving.has_failed
 
     def advance(self, wanted: bool, busy: bool, failed: bool) -> None:
         """Go on with what is being written. `signals`, each raised by any rank at this step.
@@ -110,7 +119,7 @@ class Saver:
         same holds for mode sync, where the checkpoint is complete on return.
         """
         self.drain()
-        self._is_wanted = False
+        self._is_wanted = self._was_called = False
         # The losses up to this step are told before a save that may take long.
         self._journal.report()
         self._journal.pause()

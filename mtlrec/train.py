@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ from mtlrec.job.errors import InputError
 from mtlrec.job.job import job_from_dict
 from mtlrec.journal import Journal
 from mtlrec.judge import Judge
-from mtlrec.lockstep import in_step, together
+from mtlrec.lockstep import BrokenOff, in_step, together
 from mtlrec.preflight import RESULT, Run, asked_of
 from mtlrec.safety import Guard, Skipped
 from mtlrec.saver import Saver
@@ -101,6 +102,8 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
             following = Following(job, feed.schema, run.url, world, control)
             if feed.is_open:
                 following.note(position.generation, feed.dataset, trainer.step, None)
+        if judge.owes:
+            session.measure(feed)
         if reader is not None:
             session.train_on(feed, reader)
             reader.close()
@@ -110,10 +113,14 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
     saved, measured, stopped = session.saved, session.measured, session.stopped
     assert saved is not None
     if not stopped and measured is None and job.data.eval:
-        measured = _evaluate(trainer, feed, world, control)
-        if world.rank == 0:
-            finish(saved, measured[0])
-        journal.scalars(_scalars("eval", measured[0]))
+        try:
+            measured = _evaluate(trainer, feed, session)
+        except BrokenOff:
+            stopped = True
+        else:
+            if world.rank == 0:
+                finish(saved, measured[0])
+            journal.scalars(_scalars("eval", measured[0]))
     metrics, ideal, _ = measured or (None, None, None)
     result: dict[str, Any] = {
         "run_dir": run.url,
@@ -166,7 +173,7 @@ class _Session:
         most = feed.job.run.max_steps
         total = min(total, most) if most else total
         journal.expect(total)
-        if trainer.step >= total or judge.is_over:
+        if trainer.step >= total or judge.is_over or self.stopped:
             return
         saver.feed = feed
         signals = lambda: (self.control.should_stop(), journal.due(), *saver.signals())  # noqa: E731
@@ -186,22 +193,59 @@ class _Session:
             if judge.is_due(trainer.step, before, self.position, ended):
                 journal.report()
                 journal.pause()
-                try:
-                    self.measured = _measure(trainer, feed, judge, self.world, self.control)
-                except InputError:
-                    # The data to measure on are wrong, not what was learnt since the last checkpoint.
-                    saver.save(trainer, self.position, None, last=True)
-                    raise
-                journal.scalars(_scalars("eval", self.measured[0]))
+                self.measure(feed)
                 ended = ended or judge.is_over
-            self.stopped = stop and not ended
+            self.stopped = self.stopped or (stop and not ended)
             if report or self.stopped or ended:
                 journal.report()
-            if saver.is_due(trainer.step):
+            if self.saved is None and saver.is_due(trainer.step):
                 self.saved = saver.save(trainer, self.position, self.measured, last=self.stopped or ended)
             if self.stopped or ended:
                 break
         journal.pause()
+
+    def measure(self, feed: Feed) -> None:
+        """Score data.eval, and let the judge decide. A collective.
+
+        Where a checkpoint cannot wait until that is done, it is saved at once, as measuring changes nothing
+        that is learnt, and measuring begins anew: here, or after a restart from that checkpoint. Asked to
+        stop, the run ends likewise: it measures when it goes on.
+        """
+        judge, is_measured = self.judge, False
+        judge.owes = True
+        while not (is_measured or self.stopped):
+            try:
+                self.measured = _measure(self.trainer, feed, judge, self)
+                is_measured = True
+            except BrokenOff:
+                self.save()
+            except InputError:
+                # The data to measure on are wrong, not what was learnt since the last checkpoint.
+                self.save()
+                raise
+        if self.measured is None:
+            return
+        metrics, saved = self.measured.metrics, self.saved
+
+        def complete() -> None:
+            if saved is not None and self.world.rank == 0:
+                finish(saved, metrics, judge.to_json())
+
+        # A checkpoint of this very step was written before this was known.
+        together(self.world, complete)
+        self.journal.scalars(_scalars("eval", metrics))
+
+    def signals(self) -> tuple[bool, ...]:
+        """While measuring: to stop; to save at once, unless this step is saved; how the saving gets on."""
+        called = self.saved is None and self.saver.is_called()
+        return (self.control.should_stop(), called, *self.saver.progress())
+
+    def hear(self, signals: Sequence[bool]) -> None:
+        stop, called, busy, failed = signals
+        self.saver.advance(called, busy, failed)
+        self.stopped = stop
+        if stop or called:
+            raise BrokenOff
 
     def follow(self, following: Following, feed: Feed) -> None:
         """Train on one generation after the other, as they come, behind that of `feed`.
@@ -225,7 +269,10 @@ class _Session:
             )
             metrics = None
             if section.evaluate:
-                metrics = _evaluate(trainer, feed, world, self.control, dataset).metrics
+                try:
+                    metrics = _evaluate(trainer, feed, self, dataset).metrics
+                except BrokenOff:
+                    break  # to stop: all that was learnt is saved, and the next start measures
                 self.journal.scalars(_scalars("generation", metrics))
             following.note(number, dataset, trainer.step, metrics)
             if section.state_decay < 1:
@@ -239,9 +286,9 @@ class _Session:
         self.saver.drain()
 
 
-def _measure(trainer: Trainer, feed: Feed, judge: Judge, world: World, control: Control) -> Measured:
+def _measure(trainer: Trainer, feed: Feed, judge: Judge, session: _Session) -> Measured:
     """Score data.eval and let the judge decide, the same on every rank. A collective."""
-    measured = _evaluate(trainer, feed, world, control)
+    measured, world = _evaluate(trainer, feed, session), session.world
 
     def decide() -> None:
         if world.rank == 0:
@@ -250,14 +297,12 @@ def _measure(trainer: Trainer, feed: Feed, judge: Judge, world: World, control: 
     together(world, decide)
     judge.load(json.loads(broadcast_bytes(json.dumps(judge.to_json()).encode(), world)))
     if world.rank == 0:
-        control.show({"kind": "log", "text": judge.describe(trainer.step)})
+        session.control.show({"kind": "log", "text": judge.describe(trainer.step)})
     return measured
 
 
-def _evaluate(
-    trainer: Trainer, feed: Feed, world: World, control: Control, dataset: Dataset | None = None
-) -> Measured:
-    """Score `dataset`, or else data.eval. A collective."""
+def _evaluate(trainer: Trainer, feed: Feed, session: _Session, dataset: Dataset | None = None) -> Measured:
+    """Score `dataset`, or else data.eval. A collective; raises BrokenOff as `session` does."""
     data, known = feed.job.data, feed.vocabularies
     url = data.eval if dataset is None else dataset.url
     assert url is not None
@@ -266,11 +311,12 @@ def _evaluate(
         feed.schema,
         url,
         data.batch_size,
-        world,
-        control,
+        session.world,
+        session.control,
         vocabularies=known,
         tolerance=data.tolerance,
         dataset=dataset,
+        listener=session,
     )
 
 

@@ -171,10 +171,14 @@ def save(
     return saving.manifest
 
 
-def finish(url: str, metrics: Mapping[str, Any]) -> Manifest:
-    """Put what was measured into the manifest of a complete checkpoint, all at once. One rank calls."""
+def finish(url: str, metrics: Mapping[str, Any], judge: Mapping[str, Any] | None = None) -> Manifest:
+    """Put what was measured into the manifest of a complete checkpoint, all at once. One rank calls.
+
+    judge: what follows from it for the run, if anything does.
+    """
     manifest = read_manifest(url)
-    manifest = manifest.model_copy(update={"meta": parts.plain({**manifest.meta, "metrics": dict(metrics)})})
+    found = {"metrics": metrics} if judge is None else {"metrics": metrics, "judge": judge}
+    manifest = manifest.model_copy(update={"meta": parts.plain({**manifest.meta, **found})})
     storage.write(storage.join(url, MANIFEST), encode(manifest))
     return manifest
 
