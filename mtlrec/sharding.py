@@ -174,13 +174,20 @@ def initialise_tables(model: ShardedModel, seed: int, scale: float) -> None:
     """
     dims = {table.name: table.dim for table in model.plan.tables}
     for block in local_blocks(model):
+        dim, weights = dims[block.table], block.weights.detach()
         columns = slice(block.column, block.column + block.columns)
+        # Drawn straight into their place, where that is in this memory and has all columns.
+        place = weights.numpy() if weights.device.type == "cpu" and block.columns == dim else None
         row = 0
         while row < block.rows:
             start = block.row + row
             count = min(block.rows - row, BLOCK_ROWS - start % BLOCK_ROWS)
-            values = table_rows(seed, block.table, start, count, dims[block.table], scale)
-            block.weights[row : row + count].copy_(torch.from_numpy(values[:, columns]))
+            rows = slice(row, row + count)
+            if place is not None:
+                table_rows(seed, block.table, start, count, dim, scale, out=place[rows])
+            else:
+                values = table_rows(seed, block.table, start, count, dim, scale)
+                weights[rows].copy_(torch.from_numpy(values[:, columns]))
             watchdog.alive("starting weights")
             row += count
 
