@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import in_turn, of_each, parser, ratio, report, spread
+from benchmarks.measure import forget_peak, in_turn, memory, of_each, parser, ratio, report, spread
 from tests.distributed.processes import Results, run_processes
 
 WORKERS = 2
@@ -192,15 +192,10 @@ def _plain_files(folder: Path, blocks: Any) -> Iterator[tuple[Path, memoryview]]
 @contextlib.contextmanager
 def _peak_growth() -> Iterator[list[int]]:
     """Bytes by which this process's resident memory was greater, at most, than before the block."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before, growth = _status("VmRSS"), [0]
+    forget_peak()
+    before, growth = memory("VmRSS"), [0]
     yield growth
-    growth[0] = _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    text = Path("/proc/self/status").read_text()
-    return int(text.split(f"{field}:")[1].split()[0]) * 1024
+    growth[0] = memory("VmHWM") - before
 
 
 if __name__ == "__main__":

@@ -74,5 +74,32 @@ def report(name: str, ratios: Mapping[str, Mapping[str, Any]], **rest: Any) -> d
     return found
 
 
+def run_of(job: dict[str, Any]) -> dict[str, Any]:
+    """`mtlrec.preflight.Run` of a job's first attempt, as plain data that travels to worker processes."""
+    from mtlrec.data.shards import Dataset
+    from mtlrec.job.job import job_from_dict
+    from mtlrec.schema import build_schema
+
+    parsed = job_from_dict(job, "benchmark")
+    schema = build_schema(parsed.schema_, parsed.model)
+    return {
+        "job": parsed.to_dict(),
+        "url": f"{parsed.run.storage}/{parsed.name}",
+        "attempt": 1,
+        "fingerprint": Dataset.open(parsed.data.train, schema.columns()).fingerprint,
+    }
+
+
+def forget_peak() -> None:
+    """From here on this process's `memory("VmHWM")` is of what follows."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def memory(field: str) -> int:
+    """Bytes of this process's memory, as Linux calls it: VmRSS, what is resident; VmHWM, at most so far."""
+    text = Path("/proc/self/status").read_text()
+    return int(text.split(f"{field}:")[1].split()[0]) * 1024
+
+
 def progress(text: str) -> None:
     print(f"  {text}", file=sys.stderr, flush=True)
