@@ -24,7 +24,7 @@ from unittest import mock
 import numpy as np
 
 from benchmarks.checkpoint import DIM, TABLES, WORKERS
-from benchmarks.measure import parser, ratio, report, spread
+from benchmarks.measure import parser, ratio, report, run_of, spread
 from tests.distributed.processes import Results, run_processes
 
 EVERY_STEPS = 200
@@ -120,20 +120,8 @@ def training(world: Any, run: dict[str, Any], stretch: int) -> Results:
 
 def _prepare(folder: Path, rows: int, batch: int, steps: int) -> dict[str, Any]:
     """Data and the run that trains on them, as plain data."""
-    from mtlrec.data.shards import Dataset
-    from mtlrec.job.job import job_from_dict
-    from mtlrec.schema import build_schema
-
-    data = folder / "data"
-    _write_data(data, max(16 * batch, 4096))
-    job = job_from_dict(_job(folder, rows, batch, steps), "benchmark")
-    schema = build_schema(job.schema_, job.model)
-    return {
-        "job": job.to_dict(),
-        "url": f"{job.run.storage}/{job.name}",
-        "attempt": 1,
-        "fingerprint": Dataset.open(str(data), schema.columns()).fingerprint,
-    }
+    _write_data(folder / "data", max(16 * batch, 4096))
+    return run_of(_job(folder, rows, batch, steps))
 
 
 def _job(folder: Path, rows: int, batch: int, steps: int) -> dict[str, Any]:
