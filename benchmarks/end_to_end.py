@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         batch_per_worker=size.batch,
         rows=size.rows,
         table_rows=size.table_rows,
-        steps={"ours": turns.ours, "plain": turns.plain, "checkpoint_every": turns.settle + turns.ours},
+        steps={"ours": turns.ours, "plain": turns.plain, "checkpoint_every": turns.period},
     )
 
 

@@ -36,9 +36,15 @@ class Turns:
 
     repeats: int
     ours: int = 200
-    """Steps of ours that are timed, and between two checkpoints: each turn has one."""
     plain: int = 60
     settle: int = 8
+    saves: bool = True
+    """Each turn of ours has a checkpoint in its middle; else there is none but at the end."""
+
+    @property
+    def period(self) -> int:
+        """Steps of ours from one turn to the next."""
+        return self.settle + self.ours
 
 
 def take_turns(folder: Path, size: Size, workers: int, turns: Turns) -> list[Results]:
@@ -47,8 +53,8 @@ def take_turns(folder: Path, size: Size, workers: int, turns: Turns) -> list[Res
     from mtlrec.job.job import job_from_dict
     from mtlrec.schema import build_schema
 
-    period = turns.settle + turns.ours
-    parsed = job_from_dict(job(folder, size, workers, every_steps=period), "benchmark")
+    every_steps = turns.period if turns.saves else None
+    parsed = job_from_dict(job(folder, size, workers, every_steps), "benchmark")
     schema = build_schema(parsed.schema_, parsed.model)
     run = {
         "job": parsed.to_dict(),
@@ -60,7 +66,7 @@ def take_turns(folder: Path, size: Size, workers: int, turns: Turns) -> list[Res
     return run_processes("benchmarks.turns:work", workers, folder / f"{workers}", call, timeout=1800)
 
 
-def work(world: Any, run: dict[str, Any], turns: dict[str, int]) -> Results:
+def work(world: Any, run: dict[str, Any], turns: dict[str, Any]) -> Results:
     """In a worker. By side: `wall` and `cpu`, seconds of each turn of this process (the plain side has one
     more, before and behind each of ours); `parts`, milliseconds of a step; `losses`, first and last;
     `parameters`.
@@ -83,9 +89,8 @@ def _control(world: Any, run: dict[str, Any], turns: Turns) -> Any:
 
     plain = _plain(world, run)
     display = Display() if world.rank == 0 else None
-    period = turns.settle + turns.ours
     # Checkpoints are due at multiples of a period: in the middle of each turn.
-    first = period // 2
+    first = turns.period // 2
 
     class Control(Silent):
         def __init__(self) -> None:
@@ -107,7 +112,7 @@ def _control(world: Any, run: dict[str, Any], turns: Turns) -> Any:
             self.saved += event["kind"] == "saved"
 
         def should_stop(self) -> bool:
-            number, step = divmod(self.asked - first, period)
+            number, step = divmod(self.asked - first, turns.period)
             self.asked += 1
             if number < 0:
                 return False
