@@ -48,13 +48,11 @@ class Rows:
     """float32 [B, T]"""
 
 
-class PlainMMoE(nn.Module):
-    """Rows -> the scalar loss: the sum over tasks of their mean binary cross-entropy."""
+class Mmoe(nn.Module):
+    """Trunk input [B, I] -> logits [B, T]: experts, gates and towers as modules in a loop."""
 
-    def __init__(self, tables: Sequence[EmbeddingBagConfig], num_dense: int, num_tasks: int) -> None:
+    def __init__(self, inputs: int, num_tasks: int) -> None:
         super().__init__()
-        self.tables = EmbeddingBagCollection(tables=list(tables), device=torch.device("meta"))
-        inputs = sum(table.embedding_dim * table.num_features() for table in tables) + num_dense
         self.experts = nn.ModuleList(_layers([inputs, *HIDDEN]) for _ in range(EXPERTS))
         self.gates = nn.ModuleList(nn.Linear(inputs, EXPERTS, bias=False) for _ in range(num_tasks))
         tower = [HIDDEN[-1], *TOWER]
@@ -62,16 +60,29 @@ class PlainMMoE(nn.Module):
             nn.Sequential(*_layers(tower), nn.Linear(tower[-1], 1)) for _ in range(num_tasks)
         )
 
-    def forward(self, rows: Rows) -> torch.Tensor:
-        pooled: KeyedTensor = self.tables(rows.ids)
-        x = torch.cat([pooled.values(), rows.dense], dim=1)  # [B, I]
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         experts = torch.stack([expert(x) for expert in self.experts], dim=1)  # [B, experts, H]
         logits = []
         for gate, tower in zip(self.gates, self.towers, strict=True):
             mixed = torch.bmm(gate(x).softmax(dim=1).unsqueeze(1), experts).squeeze(1)
             logits.append(tower(mixed))
-        loss = functional.binary_cross_entropy_with_logits(torch.cat(logits, dim=1), rows.labels)
-        return loss * len(logits)
+        return torch.cat(logits, dim=1)
+
+
+class PlainModel(nn.Module):
+    """Rows -> the scalar loss: the sum over tasks of their mean binary cross-entropy."""
+
+    def __init__(self, tables: Sequence[EmbeddingBagConfig], num_dense: int, num_tasks: int) -> None:
+        super().__init__()
+        self.tables = EmbeddingBagCollection(tables=list(tables), device=torch.device("meta"))
+        inputs = sum(table.embedding_dim * table.num_features() for table in tables) + num_dense
+        self.rest = Mmoe(inputs, num_tasks)
+
+    def forward(self, rows: Rows) -> torch.Tensor:
+        pooled: KeyedTensor = self.tables(rows.ids)
+        logits = self.rest(torch.cat([pooled.values(), rows.dense], dim=1))
+        loss = functional.binary_cross_entropy_with_logits(logits, rows.labels)
+        return loss * rows.labels.shape[1]
 
 
 class Plain:
@@ -91,7 +102,7 @@ class Plain:
             )
             for name, rows, features in tables
         ]
-        model = PlainMMoE(configs, batches[0].dense.shape[1], batches[0].labels.shape[1])
+        model = PlainModel(configs, batches[0].dense.shape[1], batches[0].labels.shape[1])
         sharder: Any = EmbeddingBagCollectionSharder(
             fused_params={
                 "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
