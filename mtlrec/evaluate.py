@@ -21,7 +21,7 @@ from mtlrec.batch import Batch
 from mtlrec.control import Control
 from mtlrec.data.ids import hash_ids
 from mtlrec.data.order import Position, rows_between
-from mtlrec.data.quarantine import Counts, Quarantine, open_dataset, told
+from mtlrec.data.quarantine import NOTHING, Counts, Earlier, Quarantine, open_dataset, told
 from mtlrec.data.reader import Reader
 from mtlrec.data.shards import Dataset
 from mtlrec.data.vocabulary import Vocabulary
@@ -61,21 +61,23 @@ def evaluate(
     keep: Scores | None = None,
     tolerance: float | None = None,
     dataset: Dataset | None = None,
+    earlier: Earlier = NOTHING,
     listener: Listener | None = None,
 ) -> Measured:
     """Score every row of the data set at `url` (of `dataset`, if given) once, all workers together.
 
     Where the schema names the user, ranking is measured within each user's rows too. `keep` is given every
     row. tolerance: the share of rows that may be bad and are left out, which rank 0 shows; None: a bad row is
-    an error. listener: of what the ranks have to tell each other meanwhile. A collective. Raises InputError,
-    and what the listener raises, on every rank alike.
+    an error. earlier: rows to count with the data set's for that share. listener: of what the ranks have to
+    tell each other meanwhile. A collective. Raises InputError, and what the listener raises, on every rank
+    alike.
     """
     schema = schema.for_measuring()
     # What the folder says of the best that can be reached is of all its shards.
     ideal_url = url if dataset is None else None
     if dataset is None:
         dataset = together(world, lambda: open_dataset(url, schema.columns(), tolerance))
-    quarantine = None if tolerance is None else Quarantine(dataset, tolerance)
+    quarantine = None if tolerance is None else Quarantine(dataset, tolerance, earlier=earlier)
     user = _user_column(schema)
     tasks = [(task.name, task.kind) for task in schema.tasks]
     metrics = Metrics(schema.scenarios, tasks, grouped=user is not None)

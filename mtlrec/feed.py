@@ -15,7 +15,16 @@ from mtlrec.control import Control
 from mtlrec.data.negatives import Sampler
 from mtlrec.data.order import Position
 from mtlrec.data.quarantine import FOLDER as QUARANTINE
-from mtlrec.data.quarantine import Counts, Quarantine, Tally, good_rows, open_dataset, recorded
+from mtlrec.data.quarantine import (
+    NOTHING,
+    Counts,
+    Earlier,
+    Quarantine,
+    Tally,
+    good_rows,
+    open_dataset,
+    recorded,
+)
 from mtlrec.data.reader import Reader
 from mtlrec.data.shards import Dataset
 from mtlrec.data.vocabulary import Vocabulary
@@ -47,6 +56,8 @@ class Feed:
     """Of negatives; None where the job draws none."""
     quarantine_url: str
     """Folder where bad rows are written down, if the job leaves them out."""
+    tally: Tally | None
+    """Counts the bad rows of all generations, step by step; None where one is an error."""
 
     @property
     def is_open(self) -> bool:
@@ -58,6 +69,11 @@ class Feed:
         assert self.opened is not None, "the shards of this generation were not opened"
         return self.opened
 
+    @property
+    def earlier(self) -> Earlier:
+        """Of the generations before."""
+        return self.tally.earlier if self.tally is not None else NOTHING
+
     def about_data(self) -> dict[str, Any]:
         """What a checkpoint keeps of the shards."""
         if self.opened is not None:
@@ -68,14 +84,17 @@ class Feed:
 
     def next(self, dataset: Dataset, world: World, control: Control) -> Feed:
         """Of the next generation. A collective. Raises InputError where a row does not fit."""
-        sampler = _sampler(self.job, self.schema, dataset, self.vocabularies, world, control, later=True)
+        if self.tally is not None:
+            self.tally.end_generation(self.about_data()["index"]["rows"])
+        job, schema, known = self.job, self.schema, self.vocabularies
+        sampler = _sampler(job, schema, dataset, known, world, control, self.earlier, later=True)
         return replace(self, opened=dataset, record=None, sampler=sampler)
 
     def reader(self, position: Position, step: int, world: World) -> Reader:
         """This worker's batches from `position`, behind `step` steps, to the end of the last epoch."""
         data, quarantine = self.job.data, None
         if data.tolerance is not None:
-            quarantine = Quarantine(self.dataset, data.tolerance, self.quarantine_url)
+            quarantine = Quarantine(self.dataset, data.tolerance, self.quarantine_url, earlier=self.earlier)
             if world.rank == 0:
                 quarantine.record_files()
         return Reader(
@@ -97,11 +116,6 @@ class Feed:
             quarantine=quarantine,
         )
 
-    def tally(self) -> Tally | None:
-        """Counts the bad rows of this data, step by step; None where one is an error."""
-        tolerance = self.job.data.tolerance
-        return None if tolerance is None else Tally(self.dataset, tolerance, self.quarantine_url)
-
     def left_out(self) -> Counts:
         """What was written down of bad rows, by all workers and starts of the run."""
         if self.job.data.tolerance is None:
@@ -116,11 +130,13 @@ def open_feed(
     position: Position,
     checkpoint: str | None,
     start: Manifest | None,
+    bad_rows: Mapping[str, int] | None = None,
 ) -> Feed:
     """Open the shards that are trained from `position` on; and load what `checkpoint` (which says `start` of
     itself) keeps of them, or build it.
 
-    A collective. Raises InputError, on every rank alike.
+    bad_rows: what was left out up to `position`, as the checkpoint has it. A collective. Raises InputError,
+    on every rank alike.
     """
     job = job_from_dict(run.job, run.url)
     schema = build_schema(job.schema_, job.model)
@@ -139,11 +155,14 @@ def open_feed(
         if world.rank == 0:
             text = yaml.safe_dump(job.to_dict(), sort_keys=False)
             storage.write(storage.join(run.url, "job.yaml"), text.encode())
-    sampler = None
-    if dataset is not None:
-        later = position.generation > 0
-        sampler = _sampler(job, schema, dataset, vocabularies, world, control, later)
-    return Feed(job, schema, dataset, record, vocabularies, sampler, storage.join(run.url, QUARANTINE))
+    folder, tolerance = storage.join(run.url, QUARANTINE), job.data.tolerance
+    tally = Tally(tolerance, folder, bad_rows) if tolerance is not None else None
+    feed = Feed(job, schema, dataset, record, vocabularies, None, folder, tally)
+    if dataset is None:
+        return feed
+    later = position.generation > 0
+    sampler = _sampler(job, schema, dataset, vocabularies, world, control, feed.earlier, later)
+    return replace(feed, sampler=sampler)
 
 
 def _sampler(
@@ -153,6 +172,7 @@ def _sampler(
     vocabularies: Mapping[str, Vocabulary],
     world: World,
     control: Control,
+    earlier: Earlier,
     later: bool,
 ) -> Sampler | None:
     """What draws negatives by the positives of `dataset`, where the job wants any. A collective.
@@ -161,7 +181,7 @@ def _sampler(
     """
     if job.data.negatives is None:
         return None
-    good = good_rows(dataset, schema, job.data.tolerance)
+    good = good_rows(dataset, schema, job.data.tolerance, earlier)
     index = build_index(good, schema, job.data.negatives, vocabularies, world, control, later)
     return Sampler(index, schema, job.data.negatives, job.seed)
 

@@ -17,7 +17,7 @@ from mtlrec.checkpoint.lease import Lease
 from mtlrec.checkpoint.manifest import Manifest, read_manifest
 from mtlrec.data import label_statistics, statistics
 from mtlrec.data.overview import overview
-from mtlrec.data.quarantine import good_rows, open_dataset, unreadable_files
+from mtlrec.data.quarantine import Earlier, good_rows, open_dataset, unreadable_files
 from mtlrec.data.shards import Dataset
 from mtlrec.job.changes import changes
 from mtlrec.job.errors import InputError
@@ -123,7 +123,9 @@ def open_run(
             lease.release()
             return result
         if data.train is not None:
-            about = overview(good_rows(data.train, schema, tolerance), schema)
+            known = before or (origin if not data.anew else None)
+            earlier = Earlier.of(known.meta.get("bad_rows") if known is not None else None)
+            about = overview(good_rows(data.train, schema, tolerance, earlier), schema)
             show({"kind": "data", "role": "train", **about})
         for lost in (unreadable_files(each) for each in (data.train, held_out) if each is not None):
             if lost:

@@ -137,6 +137,7 @@ class Saver:
             "metrics": measured[0] if measured else None,
             "judge": self._judge.to_json(),
             "skipped": self._journal.skipped.to_json(),
+            "bad_rows": feed.tally.to_json() if feed.tally is not None else None,
             "forked_from": self._run.forked_from,
         }
         blocks, dense = list(local_blocks(trainer.model)), trainer.dense_tensors()

@@ -17,6 +17,7 @@ from mtlrec.checkpoint.save import finish
 from mtlrec.checkpoint.starts import claim_start
 from mtlrec.control import Control
 from mtlrec.data.order import Position
+from mtlrec.data.quarantine import NOTHING
 from mtlrec.data.reader import Reader
 from mtlrec.data.shards import Dataset
 from mtlrec.distributed import World, all_ok, broadcast_bytes
@@ -49,11 +50,12 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
     start = together(world, lambda: read_manifest(checkpoint)) if checkpoint else None
     job = job_from_dict(run.job, run.url)
     judge = Judge(job.run.evaluate)
-    position, step, skipped = Position.start(job.data.lanes), 0, Skipped()
+    position, step, skipped, bad_rows = Position.start(job.data.lanes), 0, Skipped(), None
     if start is not None:
         skipped = Skipped.from_json(start.meta.get("skipped"))
         if not forks or (run.forked_from or {})["order"] == "kept":
             position = Position.from_json(start.meta["position"], f"{checkpoint}: position")
+            bad_rows = start.meta.get("bad_rows")
         step = start.meta["step"]
         # A fork is judged by what it reaches itself: its best is to be one of its own checkpoints.
         if not forks and not judge.load(start.meta.get("judge")) and job.run.evaluate is not None:
@@ -61,7 +63,7 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
             kept = together(world, lambda: _best(run.url, judge))
             if kept is not None:
                 judge.best, judge.best_step = kept["score"], kept["step"]
-    feed = open_feed(run, world, control, position, checkpoint, start)
+    feed = open_feed(run, world, control, position, checkpoint, start, bad_rows)
     job = feed.job
     with ExitStack() as stack:
         # The reader fills its first windows while the model is built.
@@ -178,11 +180,10 @@ class _Session:
         saver.feed = feed
         signals = lambda: (self.control.should_stop(), journal.due(), *saver.signals())  # noqa: E731
         amounts = (len(feed.schema.tasks) + 2, trainer.objective.amounts)
-        tally = feed.tally()
         for batch, totals in in_step(reader, self.world, signals, amounts):
             stop, report, *saving = totals.signals
-            if tally is not None:
-                tally.add(self.position, batch.position, totals.rows)
+            if feed.tally is not None:
+                feed.tally.add(feed.dataset, self.position, batch.position, totals.rows)
             journal.start_step()
             done = trainer.train_step(batch, totals)
             self.guard.consider(trainer.step, self.position, totals.rows, feed.dataset, done.evidence)
@@ -316,6 +317,7 @@ def _evaluate(trainer: Trainer, feed: Feed, session: _Session, dataset: Dataset 
         vocabularies=known,
         tolerance=data.tolerance,
         dataset=dataset,
+        earlier=NOTHING if dataset is None else feed.earlier,
         listener=session,
     )
 

@@ -47,6 +47,8 @@ def inspect_checkpoint(url: str, verify: bool = False, show: Show | None = None)
         "attempt": meta["attempt"],
         "position": meta["position"],
         "forked_from": meta.get("forked_from"),
+        "skipped": meta.get("skipped"),
+        "bad_rows": meta.get("bad_rows"),
         "saved_at": meta["saved_at"],
         "mtlrec_version": meta["mtlrec_version"],
         "format_version": VERSION,
@@ -77,6 +79,8 @@ def render(found: dict[str, Any]) -> str:
                     f"{found['saved_at']}  by mtlrec {found['mtlrec_version']}, attempt {found['attempt']}",
                 ],
                 *_fork_line(found["forked_from"]),
+                *_skipped_line(found["skipped"]),
+                *_bad_line(found["bad_rows"]),
                 ["on disk", f"{_size(found['bytes'])} in {found['files']:,} files, {checked}"],
             ],
             "ll",
@@ -230,6 +234,27 @@ def _fork_line(origin: Any) -> list[list[str]]:
     if not isinstance(origin, dict):
         return []
     return [["forked from", f"{origin.get('checkpoint')}  (order of rows {origin.get('order')})"]]
+
+
+def _skipped_line(skipped: Any) -> list[list[str]]:
+    """Steps that were not finite and passed over, where there were any."""
+    steps, rows = _counts(skipped, "steps", "rows")
+    return [["skipped", f"{steps:,} steps of {rows:,} rows, which were not finite"]] if steps else []
+
+
+def _bad_line(bad: Any) -> list[list[str]]:
+    """Rows that were left out as bad, where there were any."""
+    rows, before, epoch, now = _counts(bad, "earlier_rows", "earlier_bad", "epoch", "epoch_bad")
+    text = f"{now:,} bad rows so far in epoch {epoch:,}"
+    if rows:
+        text += f", {before:,} of {rows:,} in the generations before"
+    return [["left out", text]] if before or now else []
+
+
+def _counts(value: Any, *names: str) -> list[int]:
+    """Numbers of a part of `meta`, which may come from anywhere; 0 for what is none."""
+    found = [value.get(name) if isinstance(value, dict) else None for name in names]
+    return [each if type(each) is int else 0 for each in found]
 
 
 def _number(value: float | None) -> str:

@@ -14,7 +14,7 @@ import re
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -37,19 +37,39 @@ Counts = dict[str, int]
 """What was left out: `rows`, in so many `row_groups`, in so many `files`, unreadable ones included."""
 
 
+class Earlier(NamedTuple):
+    """What a run that follows its data has read in the generations before: it counts for what may be bad."""
+
+    rows: int = 0
+    bad: int = 0
+
+    @classmethod
+    def of(cls, state: Mapping[str, int] | None) -> Earlier:
+        """From what a checkpoint keeps of a `Tally`."""
+        return cls(state["earlier_rows"], state["earlier_bad"]) if state else cls()
+
+
+NOTHING = Earlier()
+
+
 class Quarantine:
     """Takes note of what is bad of a data set, each row group once, whoever meets it. Threads may share it.
 
     tolerance: the share of the data set's rows that may be bad. folder: where each row group's record is
     written, or None. A record's name and bytes depend on the data alone: it may be written again. groups:
-    whether a row group that cannot be read is no error either.
+    whether a row group that cannot be read is no error either. earlier: rows to count with the data set's.
     """
 
     def __init__(
-        self, dataset: Dataset, tolerance: float, folder: str | None = None, groups: bool = True
+        self,
+        dataset: Dataset,
+        tolerance: float,
+        folder: str | None = None,
+        groups: bool = True,
+        earlier: Earlier = NOTHING,
     ) -> None:
         self._dataset, self._tolerance, self._folder = dataset, tolerance, folder
-        self._takes_groups = groups
+        self._takes_groups, self._earlier = groups, earlier
         self._lock = threading.Lock()
         self._groups: dict[int, int] = {}
         self._rows = 0
@@ -93,7 +113,7 @@ class Quarantine:
 
     def check(self, groups: Mapping[int, int]) -> Counts:
         """What `groups`, as from all workers, come to. Raises InputError where it is more than may be."""
-        refuse_too_many(self._dataset, sum(groups.values()), self._tolerance, self._folder)
+        refuse_too_many(self._dataset, sum(groups.values()), self._tolerance, self._folder, self._earlier)
         return counted(self._dataset, groups)
 
     def _add(self, group: int, rows: int, what: dict[str, Any]) -> None:
@@ -107,7 +127,7 @@ class Quarantine:
         shard, index = dataset.shards[dataset.group_shard[group]], int(dataset.group_index[group])
         about = {"file": shard.path, "row_group": index, "rows": shard.groups[index], "bad_rows": rows}
         self._write(shard, index, {**about, **what})
-        refuse_too_many(dataset, total, self._tolerance, self._folder)
+        refuse_too_many(dataset, total, self._tolerance, self._folder, self._earlier)
 
     def _write(self, shard: Shard, group: int | None, record: dict[str, Any]) -> None:
         if self._folder is None:
@@ -126,11 +146,11 @@ class GoodRows(Dataset):
     It reads every column of the schema, whatever is asked for: only then is it known which rows these are.
     """
 
-    def __init__(self, dataset: Dataset, schema: Schema, tolerance: float) -> None:
+    def __init__(self, dataset: Dataset, schema: Schema, tolerance: float, earlier: Earlier) -> None:
         super().__init__(**vars(dataset))
         self._whole, self._schema = dataset, schema
         self._needed = column_names(schema, True, ())
-        self._quarantine = Quarantine(dataset, tolerance)
+        self._quarantine = Quarantine(dataset, tolerance, earlier=earlier)
 
     @property
     def contents(self) -> str:
@@ -154,23 +174,38 @@ class GoodRows(Dataset):
 
 
 class Tally:
-    """How many rows of its epoch a run has left out, over all workers: the same on every rank."""
+    """How many rows a run has left out, over all workers: the same on every rank, and kept in checkpoints.
 
-    def __init__(self, dataset: Dataset, tolerance: float, folder: str) -> None:
-        self._dataset, self._tolerance, self._folder = dataset, tolerance, folder
-        self._epoch, self.rows = -1, 0
+    Each generation counts once, as its last epoch had it.
+    """
 
-    def add(self, before: Position, after: Position, good: int) -> int:
+    def __init__(self, tolerance: float, folder: str, state: Mapping[str, int] | None = None) -> None:
+        """state: what `to_json` gave; None: nothing has been read."""
+        self._tolerance, self._folder = tolerance, folder
+        self.earlier = Earlier.of(state)
+        self._epoch, self.rows = (state["epoch"], state["epoch_bad"]) if state else (-1, 0)
+
+    def to_json(self) -> dict[str, int]:
+        """`epoch_bad`: rows left out so far of the epoch `epoch` of this generation."""
+        rows, bad = self.earlier
+        return {"earlier_rows": rows, "earlier_bad": bad, "epoch": self._epoch, "epoch_bad": self.rows}
+
+    def add(self, dataset: Dataset, before: Position, after: Position, good: int) -> int:
         """A step leads from one position to another by `good` rows of all workers; how many were left out.
 
-        Raises InputError once the epoch, or what this start has seen of it, has more than may be.
+        Raises InputError once the run, with what it has seen of this epoch, has more than may be.
         """
         if before.epoch != self._epoch:
             self._epoch, self.rows = before.epoch, 0
-        bad = rows_between(before, after, self._dataset.rows) - good
+        bad = rows_between(before, after, dataset.rows) - good
         self.rows += bad
-        refuse_too_many(self._dataset, self.rows, self._tolerance, self._folder)
+        refuse_too_many(dataset, self.rows, self._tolerance, self._folder, self.earlier)
         return bad
+
+    def end_generation(self, rows: int) -> None:
+        """The generation, of so many rows, has been trained; another one comes."""
+        self.earlier = Earlier(self.earlier.rows + rows, self.earlier.bad + self.rows)
+        self._epoch, self.rows = -1, 0
 
 
 def open_dataset(
@@ -191,18 +226,23 @@ def open_dataset(
     return dataset
 
 
-def good_rows(dataset: Dataset, schema: Schema, tolerance: float | None) -> Dataset:
+def good_rows(
+    dataset: Dataset, schema: Schema, tolerance: float | None, earlier: Earlier = NOTHING
+) -> Dataset:
     """The data set without its bad rows, for passes that need no positions; without a tolerance, itself."""
-    return dataset if tolerance is None else GoodRows(dataset, schema, tolerance)
+    return dataset if tolerance is None else GoodRows(dataset, schema, tolerance, earlier)
 
 
-def refuse_too_many(dataset: Dataset, bad: int, tolerance: float, folder: str | None = None) -> None:
-    """InputError where `bad` rows are more than the share `tolerance` of the data set's."""
-    if bad > tolerance * dataset.rows:
+def refuse_too_many(
+    dataset: Dataset, bad: int, tolerance: float, folder: str | None = None, earlier: Earlier = NOTHING
+) -> None:
+    """InputError where `bad` rows, and the earlier ones, are more than the share `tolerance` of all."""
+    if earlier.bad + bad > tolerance * (earlier.rows + dataset.rows):
+        before = f" (and {earlier.bad:,} of {earlier.rows:,} in the generations before)" * (earlier.rows > 0)
         look = f"; {folder} says which, and why" if folder is not None else ""
         raise InputError(
-            f"{dataset.url}: {bad:,} or more of {dataset.rows:,} rows are bad, more than data.max_bad_share "
-            f"allows ({tolerance:g}){look}; set data.bad_rows: error to be shown the first"
+            f"{dataset.url}: {bad:,} or more of {dataset.rows:,} rows are bad{before}, more than "
+            f"data.max_bad_share allows ({tolerance:g}){look}; set data.bad_rows: error to be shown the first"
         )
 
 

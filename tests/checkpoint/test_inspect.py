@@ -92,6 +92,21 @@ def test_inspect(tmp_path: Path) -> None:
     assert all(len(line) < 120 for line in text.removeprefix(url).splitlines())
 
 
+def test_what_was_passed_over_is_told_where_there_was_any(tmp_path: Path) -> None:
+    none = {"steps": 0, "rows": 0, "in_a_row": 0}
+    text = render(inspect_checkpoint(save_example(tmp_path / "none", skipped=none, bad_rows=None)))
+    assert "skipped" not in text and "left out" not in text
+    skipped = {"steps": 2, "rows": 4096, "in_a_row": 0}
+    bad = {"earlier_rows": 0, "earlier_bad": 0, "epoch": 1, "epoch_bad": 12}
+    found = inspect_checkpoint(save_example(tmp_path / "some", skipped=skipped, bad_rows=bad))
+    assert (found["skipped"], found["bad_rows"]) == (skipped, bad)
+    assert "skipped   2 steps of 4,096 rows, which were not finite" in render(found)
+    assert "left out  12 bad rows so far in epoch 1\n" in render(found)
+    bad |= {"earlier_rows": 50_000, "earlier_bad": 3}
+    text = render(inspect_checkpoint(save_example(tmp_path / "more", bad_rows=bad)))
+    assert "left out  12 bad rows so far in epoch 1, 3 of 50,000 in the generations before\n" in text
+
+
 def test_verify_shows_progress(tmp_path: Path) -> None:
     url = save_example(tmp_path / "saved")
     events: list[dict[str, Any]] = []
@@ -106,6 +121,8 @@ def test_nothing_in_a_checkpoint_steers_the_terminal(tmp_path: Path) -> None:
         tmp_path / "saved",
         job={"name": "\x1b[2Jgone"},
         position={"epoch": "\x1b]0;x\x07", "done": None},
+        skipped={"steps": "\x1b[2J"},
+        bad_rows=["\x1b[2J"],
         metrics={"a\rll": {"click": {"auc": 0.5}}},
     )
     text = render(inspect_checkpoint(url))

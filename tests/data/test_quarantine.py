@@ -22,6 +22,7 @@ from mtlrec.data.order import Position, rows_between
 from mtlrec.data.quarantine import (
     EXAMPLES,
     FOLDER,
+    Earlier,
     GoodRows,
     Quarantine,
     Tally,
@@ -312,14 +313,34 @@ def test_the_tally_counts_over_all_workers_by_positions_alone(tmp_path: Path) ->
     cells = dict.fromkeys(range(0, ROWS, 10), ("click", 7))
     data = open_data(write(tmp_path / "data", ROWS, GROUP, FILES, spoil(cells)))
     ranks = [read_good(data, rank=rank, world_size=3, epochs=2)[0] for rank in range(3)]
-    tally, before, found = Tally(data, 0.1, "there"), Position.start(LANES), []
+    tally, before, found = Tally(0.1, "there"), Position.start(LANES), []
     for step in zip(*ranks, strict=True):
-        found.append(tally.add(before, step[0].position, sum(batch.num_rows for batch in step)))
+        found.append(tally.add(data, before, step[0].position, sum(batch.num_rows for batch in step)))
         before = step[0].position
+        # As after a restart from a checkpoint of this step.
+        tally = Tally(0.1, "there", json.loads(json.dumps(tally.to_json())))
     assert sum(found) == 2 * len(cells) and tally.rows == len(cells) and before.epoch == 2
-    strict = Tally(data, 0.099, "there")
+    strict = Tally(0.099, "there")
     with pytest.raises(InputError, match=r"20 or more of 200 rows are bad.*; there says which"):
-        strict.add(Position.start(LANES), Position(0, 1, (0,) * LANES), ROWS - len(cells))
+        strict.add(data, Position.start(LANES), Position(0, 1, (0,) * LANES), ROWS - len(cells))
+
+
+def test_the_generations_before_count_for_what_may_be_bad(tmp_path: Path) -> None:
+    """One bad row of four, behind two hundred rows with another, is less than one in a hundred."""
+    data = open_data(write(tmp_path / "data", ROWS, GROUP, FILES, spoil({3: ("click", 7)})))
+    small = open_data(write(tmp_path / "small", 4, 4, 1, spoil({2: ("click", 7)})))
+    tally, end = Tally(0.01, "there"), Position(0, 1, (0,) * LANES)
+    tally.add(data, Position.start(LANES), end, ROWS - 1)
+    tally.end_generation(data.rows)
+    assert tally.earlier == Earlier.of(tally.to_json()) == Earlier(ROWS, 1)
+    tally.add(small, Position.start(LANES, 1), Position(1, 1, (0,) * LANES), 3)
+    read(small, quarantine=Quarantine(small, 0.01, earlier=tally.earlier))
+    assert good_rows(small, SCHEMA, 0.01, tally.earlier).read_group(0, ["click"]).num_rows == 3
+    words = r"1 or more of 4 rows are bad \(and 1 of 200 in the generations before\), more than data\.max_bad"
+    with pytest.raises(InputError, match=words):
+        read(small, quarantine=Quarantine(small, 0.009, earlier=tally.earlier))
+    with pytest.raises(InputError, match=r"1 or more of 4 rows are bad, more than"):
+        read(small, quarantine=Quarantine(small, 0.01))
 
 
 def test_rows_between_positions() -> None:
