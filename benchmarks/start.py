@@ -6,8 +6,8 @@ Every side is a process of its own, in turn, with a warm page cache and data of 
 start of the process to what is named here; processor time is that of all its processes until then.
 
 - `train`: `mtlrec train --workers 1`, on a local Ray that it starts, until stderr says that step 1 is done.
-- `bare`: a script with `ray.init` and a Ray Train trainer of one worker whose function says that it has begun.
-  It imports no torch: neither the script nor Ray's controller nor the worker. The ratio is `train` by `bare`.
+- `bare`: a script with `ray.init` and a Ray Train trainer of one worker whose function says that it runs. It
+  imports no torch: neither the script nor Ray's controller nor the worker. The ratio is `train` by `bare`.
 - `torch`: the same with Ray's TorchTrainer, and a function that imports torch and torchrec, without which
   there is no first step: `train_beside_torch`.
 - `alone`: `mtlrec train --workers 0`, without Ray, until stderr says that step 1 is done.
