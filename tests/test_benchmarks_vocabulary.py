@@ -1,0 +1,19 @@
+"""The command that compares large vocabularies with model zoos runs, and both sides train the same model."""
+
+from __future__ import annotations
+
+from benchmarks import vocabulary
+
+
+def test_the_figures_are_printed() -> None:
+    found = vocabulary.main(["--quick"])
+    assert found["ratios"].keys() == {"at_1.6M", "16M_of_1.6M"}
+    for name, values in {**found["ratios"], "fused_adam": found["fused_adam"]}.items():
+        assert 0 < values["min"] <= values["median"] <= values["max"], name
+        assert found["cpu"][name]["min"] > 0
+    for rates in (found["samples_per_s"], found["samples_per_cpu_s"]):
+        assert rates.keys() == {"small", "large", "zoo", "zoo_fused"}
+        assert all(each["min"] > 0 for each in rates.values())
+    parameters = found["parameters"]
+    assert parameters["ours"] == parameters["theirs"] > 16 * found["table_rows"]["small"]
+    assert found["table_rows"]["large"] > 9 * found["table_rows"]["small"]
