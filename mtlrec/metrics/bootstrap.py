@@ -225,13 +225,12 @@ def _statistics(
         listed = np.flatnonzero(rows.users != NO_GROUP)
         ranked = rank_groups(rows.groups[listed], outputs[listed], positive[listed], rows.ties[listed], k)
         owner = user[listed][ranked.some_row]
-        both = (ranked.positives > 0) & (ranked.positives < ranked.rows)
+        both = ranked.positives < ranked.rows
         weights = ranked.rows[both].astype(np.float64)
         found["gauc"] = _Ratio(sums(ranked.auc[both] * weights, owner[both]), sums(weights, owner[both]))
-        some = ranked.positives > 0
-        lists = sums(np.ones(int(some.sum())), owner[some])
+        lists = sums(np.ones(len(owner)), owner)
         for name, values in ranked.means(k).items():
-            found[name] = _Ratio(sums(values[some], owner[some]), lists)
+            found[name] = _Ratio(sums(values, owner), lists)
     unknown = [name for name in metrics if name not in found]
     if unknown:
         raise ValueError(f"there is no bootstrap of {', '.join(unknown)}")

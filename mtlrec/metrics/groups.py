@@ -1,6 +1,6 @@
 """Rows kept by group, from which ranking metrics per user are read: mergeable, in bounded memory.
 
-R rows, T tasks that are ranked, G groups: the users of each scenario.
+R rows, T tasks that are ranked, S scenarios.
 """
 
 from __future__ import annotations
@@ -8,13 +8,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from mtlrec.metrics.ranking import Ranked, rank_groups
+from mtlrec.metrics.ranking import NO_LABEL, POSITIVE, rank_tasks
 
 DEFAULT_CAP = 2**24
 """Outputs, rows x T, that are held at most (5 bytes each, and 20 a row)."""
 NO_GROUP = np.uint64(0)
 """The hash of a row that belongs to no user: it is in no group."""
-NO_LABEL, NEGATIVE, POSITIVE = range(3)
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
@@ -50,8 +49,12 @@ class Groups:
         """
         assert scores.shape == labels.shape == (self.num_tasks, len(users))
         chosen = (users != NO_GROUP) & np.any(labels != NO_LABEL, axis=0)
-        groups = groups_of(users[chosen], scenario[chosen])
-        self._add((groups, scenario[chosen], ties[chosen], scores[:, chosen], labels[:, chosen]))
+        groups = groups_of(users, scenario)
+        if chosen.all():
+            # Copied: the arrays are the caller's.
+            self._add((groups, scenario.copy(), ties.copy(), scores.copy(), labels.copy()))
+        else:
+            self._add(_take((groups, scenario, ties, scores, labels), chosen))
 
     def merge(self, other: Groups) -> None:
         """Add the rows of `other`, which stays as it is. ValueError where tasks or caps differ."""
@@ -66,16 +69,11 @@ class Groups:
         """The groups kept are one in 2**shift; 0: all are."""
         return self._shift
 
-    def ranked(self, task: int, k: int) -> tuple[Ranked, NDArray[np.int32]]:
-        """The groups with a label for `task`, ordered by scenario; and the scenario of each [G]."""
+    def ranking_sums(self, num_scenarios: int, k: int) -> list[NDArray[np.float64]]:
+        """Of each task `Ranked.sums` by scenario, [S, 7]."""
         groups, scenario, ties, scores, labels = self.arrays()
-        labelled = labels[task] != NO_LABEL
-        found = rank_groups(
-            groups[labelled], scores[task, labelled], labels[task, labelled] == POSITIVE, ties[labelled], k
-        )
-        scenario = scenario[labelled][found.some_row]
-        order = np.argsort(scenario, kind="stable")
-        return found.take(order), scenario[order]
+        found = rank_tasks(groups, scores, labels, ties, k)
+        return [ranked.sums(scenario[ranked.some_row], num_scenarios) for ranked in found]
 
     def arrays(self) -> _Rows:
         """The rows held: groups [R], scenarios [R], ties [R], scores [T, R], labels [T, R], in some order."""
@@ -128,10 +126,12 @@ def _kept(groups: NDArray[np.uint64], shift: int) -> NDArray[np.bool_]:
 
 def _choose(rows: _Rows, shift: int) -> _Rows:
     kept = _kept(rows[0], shift)
-    if kept.all():
-        return rows
+    return rows if kept.all() else _take(rows, kept)
+
+
+def _take(rows: _Rows, chosen: NDArray[np.bool_]) -> _Rows:
     groups, scenario, ties, scores, labels = rows
-    return groups[kept], scenario[kept], ties[kept], scores[:, kept], labels[:, kept]
+    return groups[chosen], scenario[chosen], ties[chosen], scores[:, chosen], labels[:, chosen]
 
 
 def _join(parts: list[_Rows], num_tasks: int) -> _Rows:

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mtlrec.metrics.groups import DEFAULT_CAP as DEFAULT_GROUP_CAP
-from mtlrec.metrics.groups import NEGATIVE, NO_LABEL, POSITIVE, Groups
-from mtlrec.metrics.ranking import DEFAULT_K, Ranked
-from mtlrec.metrics.sketch import DEFAULT_CAP, ScoreSketch
+from mtlrec.metrics.groups import Groups
+from mtlrec.metrics.ranking import DEFAULT_K, NEGATIVE, NO_LABEL, POSITIVE, summary
+from mtlrec.metrics.sketch import DEFAULT_CAP, ScoreSketch, auc, score_keys
 
 ALL = "all"
 """Names the total over scenarios."""
@@ -82,6 +82,8 @@ class Metrics:
         self._outputs, self._labels = np.zeros((2, shape[1], _BUFFER_ROWS), np.float32)
         self._valid = np.zeros((shape[1], _BUFFER_ROWS), bool)
         self._scenario = np.zeros(_BUFFER_ROWS, np.int32)
+        # Small numbers are sorted faster.
+        self._class_type = np.min_scalar_type(2 * shape[0])
         self._users, self._ties = np.zeros((2, _BUFFER_ROWS if self._ranked else 0), np.uint64)
 
     def update(
@@ -202,17 +204,18 @@ class Metrics:
         scenarios there is "all" alone.
         """
         self._flush()
-        groups, places = self._groups, range(len(self.scenarios))
-        ranked = {t: groups.ranked(i, self.k) for i, t in enumerate(self._ranked)} if groups else {}
+        places = range(len(self.scenarios))
+        sums = self._groups.ranking_sums(len(places), self.k) if self._groups is not None else ()
+        ranked = dict(zip(self._ranked, sums, strict=True))
         result = {ALL: self._describe(places, ranked)}
         if self.scenarios != (ALL,):
             result |= {name: self._describe([s], ranked) for s, name in enumerate(self.scenarios)}
         return result
 
     def _describe(
-        self, scenarios: Sequence[int], ranked: dict[int, tuple[Ranked, NDArray[np.int32]]]
+        self, scenarios: Sequence[int], ranked: dict[int, NDArray[np.float64]]
     ) -> dict[str, dict[str, Any]]:
-        """The tasks' metrics over the rows of `scenarios`, which are neighbours."""
+        """The tasks' metrics over the rows of `scenarios`. `ranked`: by task, as of `Groups.ranking_sums`."""
         described: dict[str, dict[str, Any]] = {}
         for t, (name, kind) in enumerate(self.tasks):
             rows, positives, not_finite = (int(self._counts[scenarios, t, i].sum()) for i in range(3))
@@ -229,7 +232,8 @@ class Metrics:
                 values["rmse"] = None if reason else (first / rows) ** 0.5
                 values["mae"] = None if reason else second / rows
             else:
-                values["auc"] = None if reason else self._auc(scenarios, t)
+                sketches = [self._sketches[s, t] for s in scenarios if (s, t) in self._sketches]
+                values["auc"] = None if reason else auc(sketches)
                 if positives in (0, rows):
                     reasons["auc"] = f"every label is {int(positives > 0)}"
             if kind == "binary":
@@ -238,9 +242,7 @@ class Metrics:
                 if not positives:
                     reasons["calibration"] = "every label is 0"
             if t in ranked:
-                groups, scenario = ranked[t]
-                begin, end = np.searchsorted(scenario, (scenarios[0], scenarios[-1] + 1))
-                ranking = groups.take(slice(begin, end)).summary(self.k)
+                ranking = summary(ranked[t][scenarios].sum(axis=0), self.k)
                 counts["groups"] = ranking.pop("groups")
                 if self._groups is not None and self._groups.shift:
                     counts["sampled"] = True
@@ -256,55 +258,64 @@ class Metrics:
                 described[name]["reasons"] = reasons
         return described
 
-    def _auc(self, scenarios: Sequence[int], task: int) -> float | None:
-        total = ScoreSketch(self.cap)
-        for scenario in scenarios:
-            if (scenario, task) in self._sketches:
-                total.merge(self._sketches[scenario, task])
-        return total.auc()
-
     def _sketch(self, place: tuple[int, int]) -> ScoreSketch:
         return self._sketches.setdefault(place, ScoreSketch(self.cap))
 
     def _flush(self) -> None:
-        """Count the buffered rows, scenario by scenario."""
+        """Count the buffered rows."""
         rows, self._buffered = self._buffered, 0
         if rows == 0:
             return
         scenario = self._scenario[:rows]
         if self._groups is not None:
-            valid, labels = self._valid[self._ranked, :rows], self._labels[self._ranked, :rows]
-            states = np.where(valid, np.where(labels > 0.5, POSITIVE, NEGATIVE), NO_LABEL)
+            positive = self._labels[self._ranked, :rows] > 0.5
+            states = np.where(positive, np.uint8(POSITIVE), np.uint8(NEGATIVE))
+            states[~self._valid[self._ranked, :rows]] = NO_LABEL
             scores = self._outputs[self._ranked, :rows]
-            users, ties = self._users[:rows], self._ties[:rows]
-            self._groups.update(users, scenario, scores, states.astype(np.uint8), ties)
-        order = np.argsort(scenario, kind="stable") if len(self.scenarios) > 1 else np.arange(rows)
+            self._groups.update(self._users[:rows], scenario, scores, states, self._ties[:rows])
         for t, (_, kind) in enumerate(self.tasks):
-            chosen = order[self._valid[t, order]]
-            outputs, labels = self._outputs[t, chosen], self._labels[t, chosen]
-            losses = None
-            if kind != "pairwise":
-                losses = (binary_losses if kind == "binary" else regression_errors)(outputs, labels)
-            finite = np.isfinite(outputs)
-            ends = np.cumsum(np.bincount(scenario[chosen], minlength=len(self.scenarios)))
-            begin = 0
-            for s, end in enumerate(ends.tolist()):
-                if end == begin:
-                    continue
-                part = slice(begin, end)
-                begin = end
-                positive = labels[part] > 0.5
-                count = self._counts[s, t]
-                count[_ROWS] += len(positive)
-                count[_NOT_FINITE] += len(positive) - np.count_nonzero(finite[part])
-                if losses is not None:
-                    self._sums[s, t, _FIRST] += losses[0][part].sum()
-                    self._sums[s, t, _SECOND] += losses[1][part].sum()
-                if kind != "regression":
-                    count[_POSITIVES] += np.count_nonzero(positive)
-                    # One value that is not finite leaves the task's metrics undefined: nothing to rank then.
-                    if not count[_NOT_FINITE]:
-                        self._sketch((s, t)).update(outputs[part], positive)
+            # Scenario after scenario, of each the negative rows first; at the end those without a label.
+            unlabelled = 2 * len(self.scenarios)
+            classes = scenario.astype(self._class_type) * 2 + (self._labels[t, :rows] > 0.5)
+            classes[~self._valid[t, :rows]] = unlabelled
+            counts = np.bincount(classes, minlength=unlabelled + 1)[:-1].reshape(-1, 2)
+            order = np.argsort(classes, kind="stable")[: counts.sum()]
+            self._count(t, kind, counts, self._outputs[t][order], self._labels[t][order])
+
+    def _count(
+        self,
+        t: int,
+        kind: str,
+        counts: NDArray[np.int64],
+        outputs: NDArray[np.float32],
+        labels: NDArray[np.float32],
+    ) -> None:
+        """Add rows with a label for task `t`, which come by scenario, negative ones first.
+
+        `counts` [S, 2]: how many negative and positive ones each scenario has.
+        """
+        rows = counts.sum(axis=1)
+        ends = np.cumsum(rows)
+        some = np.flatnonzero(rows)
+        self._counts[:, t, _ROWS] += rows
+        finite = np.isfinite(outputs)
+        if not finite.all():
+            wrong = np.searchsorted(ends, np.flatnonzero(~finite), side="right")
+            self._counts[:, t, _NOT_FINITE] += np.bincount(wrong, minlength=len(rows))
+        if kind != "pairwise" and len(some):
+            losses = (binary_losses if kind == "binary" else regression_errors)(outputs, labels)
+            for place, each in zip((_FIRST, _SECOND), losses, strict=True):
+                self._sums[some, t, place] += np.add.reduceat(each, (ends - rows)[some])
+        if kind == "regression":
+            return
+        self._counts[:, t, _POSITIVES] += counts[:, 1]
+        keys = score_keys(outputs)
+        for s in some.tolist():
+            # One value that is not finite leaves the task's metrics undefined: nothing to rank then.
+            if not self._counts[s, t, _NOT_FINITE]:
+                begin, between = int(ends[s] - rows[s]), int(ends[s] - counts[s, 1])
+                # Copied, so that a rare scenario's few rows do not hold the memory of all.
+                self._sketch((s, t)).update_keys(keys[between : ends[s]].copy(), keys[begin:between].copy())
 
 
 class _Raw:

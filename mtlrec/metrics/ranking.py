@@ -1,10 +1,12 @@
 """How well rows are ranked within groups: AUC, nDCG@k, recall@k, hit@k and reciprocal rank of each group.
 
-R rows, G groups that have rows. Relevance is binary: a row is positive or it is not.
+R rows, T tasks, G groups with a positive row, P parts in which groups are summed up. Relevance is binary: a
+row is positive or it is not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -14,20 +16,26 @@ from mtlrec.metrics.sketch import score_keys
 
 DEFAULT_K = 10
 """Places at the top of a list that nDCG@k, recall@k and hit@k look at."""
+NO_LABEL, NEGATIVE, POSITIVE = range(3)
+"""What a row is to a task."""
+
+_BLOCK_BITS = 14
+"""Rows are ranked in blocks of about 2**14: what a block needs stays in the cache."""
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """What each group's list is worth, in the order of the groups' hashes."""
+    """What each group's list is worth, in the order of the groups' hashes; groups without a positive row,
+    of which no metric is defined, are left out."""
 
     rows: NDArray[np.int64]
-    """[G] At least one."""
-    positives: NDArray[np.int64]
     """[G]"""
+    positives: NDArray[np.int64]
+    """[G] At least one."""
     auc: NDArray[np.float64]
-    """[G] Ties count half; NaN where the group has one class alone."""
+    """[G] Ties count half; NaN where every row is positive."""
     ndcg: NDArray[np.float64]
-    """[G] DCG@k / the best DCG@k that so many positives allow; NaN here and below without a positive."""
+    """[G] DCG@k / the best DCG@k that so many positives allow."""
     recall: NDArray[np.float64]
     """[G] Positives among the first k / positives."""
     hit: NDArray[np.float64]
@@ -37,31 +45,47 @@ class Ranked:
     some_row: NDArray[np.int64]
     """[G] Index of one of the group's rows."""
 
-    def take(self, chosen: NDArray[np.int64] | slice) -> Ranked:
-        """Some of the groups, or all in another order."""
-        return Ranked(**{field.name: getattr(self, field.name)[chosen] for field in fields(self)})
+    def sums(self, part: NDArray[np.int32], num_parts: int) -> NDArray[np.float64]:
+        """[P, 7], for `summary`: sums over the groups of each part. `part` [G]: index of each group's part.
+
+        Of any set of parts the sum of their rows is what they are together.
+        """
+        both = self.positives < self.rows
+        weights, in_both = self.rows[both], part[both]
+        sums = [
+            np.bincount(part, minlength=num_parts),
+            np.bincount(in_both, weights=weights, minlength=num_parts),
+            np.bincount(in_both, weights=self.auc[both] * weights, minlength=num_parts),
+        ]
+        for each in (self.ndcg, self.recall, self.hit, self.reciprocal_rank):
+            sums.append(np.bincount(part, weights=each, minlength=num_parts))
+        return np.stack(sums, axis=1).astype(np.float64)
 
     def summary(self, k: int) -> dict[str, float | int | None]:
-        """gauc, ndcg@k, recall@k, hit@k, mrr; None where no group counts. `groups`: those with a positive.
-
-        gauc (Zhou et al. 2018, Deep Interest Network): mean AUC of the groups with both classes, weighted by
-        their rows. The others: plain means over the groups with a positive.
-        """
-        ranked = self.positives > 0
-        groups = int(np.count_nonzero(ranked))
-        both = ranked & (self.positives < self.rows)
-        weights = self.rows[both]
-        values: dict[str, float | int | None] = {"gauc": None}
-        if len(weights):
-            values["gauc"] = float(np.sum(self.auc[both] * weights) / weights.sum())
-        for name, each in self.means(k).items():
-            values[name] = float(np.mean(each[ranked])) if groups else None
-        return {**values, "groups": groups}
+        """`summary` of all groups."""
+        return summary(self.sums(np.zeros(len(self.rows), np.int32), 1)[0], k)
 
     def means(self, k: int) -> dict[str, NDArray[np.float64]]:
-        """The values [G] of the metrics that are plain means over groups with a positive, by metric name."""
-        names = [*(f"{name}@{k}" for name in ("ndcg", "recall", "hit")), "mrr"]
-        return dict(zip(names, (self.ndcg, self.recall, self.hit, self.reciprocal_rank), strict=True))
+        """The values [G] of the metrics that are plain means over groups, by metric name."""
+        return dict(zip(mean_names(k), (self.ndcg, self.recall, self.hit, self.reciprocal_rank), strict=True))
+
+
+def mean_names(k: int) -> list[str]:
+    """The metrics that are plain means over groups with a positive."""
+    return [*(f"{name}@{k}" for name in ("ndcg", "recall", "hit")), "mrr"]
+
+
+def summary(sums: NDArray[np.float64], k: int) -> dict[str, float | int | None]:
+    """gauc, ndcg@k, recall@k, hit@k, mrr; None where no group counts. `groups`: those with a positive.
+
+    gauc (Zhou et al. 2018, Deep Interest Network): mean AUC of the groups with both classes, weighted by
+    their rows. The others: plain means over the groups with a positive. `sums` [7]: as of `Ranked.sums`.
+    """
+    groups, weight, area, *others = sums.tolist()
+    values: dict[str, float | int | None] = {"gauc": area / weight if weight else None}
+    for name, total in zip(mean_names(k), others, strict=True):
+        values[name] = total / groups if groups else None
+    return {**values, "groups": int(groups)}
 
 
 def rank_groups(
@@ -71,117 +95,144 @@ def rank_groups(
     ties: NDArray[np.uint64],
     k: int = DEFAULT_K,
 ) -> Ranked:
-    """Rank the rows of each group by falling score.
+    """`rank_tasks` for one task of which every row has a label; `scores` and `positive` [R]."""
+    labels = np.where(positive, POSITIVE, NEGATIVE).astype(np.uint8)
+    return rank_tasks(groups, scores[None], labels[None], ties, k)[0]
 
-    `groups` [R]: hash of each row's group. `ties` [R]: rows of one score are ranked by it, rising; a hash of
-    the row's number makes a constant model score as chance does, whatever the order of the rows. nDCG as
+
+def rank_tasks(
+    groups: NDArray[np.uint64],
+    scores: NDArray[np.float32],
+    labels: NDArray[np.uint8],
+    ties: NDArray[np.uint64],
+    k: int = DEFAULT_K,
+) -> list[Ranked]:
+    """Rank the rows of each group by falling score, for each of T tasks.
+
+    `groups` [R]: hash of each row's group. `scores` [T, R]; `labels` [T, R]: NO_LABEL (the row is in no list
+    of the task), NEGATIVE or POSITIVE. `ties` [R]: rows of one score are ranked by it, rising; a hash of the
+    row's number makes a constant model score as chance does, whatever the order of the rows. nDCG as
     Järvelin and Kekäläinen (2002) with gain 1 and the discount log2(rank + 1).
     """
     if k < 1:
         raise ValueError(f"k: {k} is below 1")
-    key, order = _order(groups, scores, ties)
-    key = key[order]
-    positive = positive[order]
-    group = (key >> np.uint64(32)).astype(np.int64)
-    starts = _starts(group)
-    rows = np.diff(starts, append=len(group))
-    # Exclusive running count of positives over all groups: a group's own starts at above[start].
-    above = np.cumsum(positive, dtype=np.int64) - positive
-    positives = np.diff(above[starts], append=int(np.count_nonzero(positive)))
-
-    runs = _starts(key)  # rows of one group and one score
-    run_rows = np.diff(runs, append=len(key))
-    run_above = above[runs]
-    run_positives = np.diff(run_above, append=int(np.count_nonzero(positive)))
-    run_above -= above[starts][group[runs]]
-    twice_won = (run_rows - run_positives) * (2 * run_above + run_positives)
-    # Integers up to the one division, so that the area is exact.
-    won = _sums(twice_won, np.searchsorted(runs, starts))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        auc = won / (2 * positives * (rows - positives))
-
-    hits = np.flatnonzero(positive)
-    hit_group = group[hits]
-    rank = hits - starts[hit_group] + 1
-    first = _starts(hit_group)
-    reciprocal = np.full(len(starts), np.nan)
-    reciprocal[hit_group[first]] = 1 / rank[first]
     discounts = 1 / np.log2(np.arange(2, k + 2))
-    top = rank <= k
-    found = np.bincount(hit_group[top], minlength=len(starts))
-    gained = np.bincount(hit_group[top], weights=discounts[rank[top] - 1], minlength=len(starts))
-    ideal = np.concatenate(([0.0], np.cumsum(discounts)))
-    with np.errstate(invalid="ignore"):  # 0 / 0 without a positive
-        return Ranked(
-            rows=rows,
-            positives=positives,
-            auc=auc,
-            ndcg=gained / ideal[np.minimum(positives, k)],
-            recall=found / positives,
-            hit=np.where(positives > 0, (found > 0).astype(np.float64), np.nan),
-            reciprocal_rank=reciprocal,
-            some_row=order[starts],
-        )
+    found: list[list[Ranked]] = [[] for _ in scores]
+    for rows in _blocks(groups):
+        group = _number(groups[rows])
+        for blocks, task_scores, task_labels in zip(found, scores, labels, strict=True):
+            blocks.append(_rank(group, task_scores[rows], task_labels[rows], ties, rows, discounts))
+    names = [field.name for field in fields(Ranked)]
+    return [
+        Ranked(**{name: np.concatenate([getattr(block, name) for block in blocks]) for name in names})
+        for blocks in found
+    ]
 
 
-def _order(
-    groups: NDArray[np.uint64], scores: NDArray[np.float32], ties: NDArray[np.uint64]
-) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """A key [R] that rises with the group and, within it, with falling score; and the rows' order by it."""
-    order = _sort_within(np.zeros(len(groups), np.uint64), groups)
-    number = np.empty(len(groups), np.uint64)
-    number[order] = _run_numbers(groups[order])
-    falling = (~score_keys(scores)).astype(np.uint64) << np.uint64(32)
-    order = _sort_within(number, falling)
-    key = (number << np.uint64(32)) | (falling >> np.uint64(32))
-    run = _run_numbers(key[order])
-    tied = np.zeros(len(key), bool)
-    tied[1:] = run[1:] == run[:-1]
-    tied[:-1] |= tied[1:]
-    some = order[tied]
-    order[tied] = some[_sort_within(run[tied], ties[some])]
-    return key, order
+def _blocks(groups: NDArray[np.uint64]) -> Iterator[NDArray[np.int64]]:
+    """Indices of the rows, cut by the leading bits of their groups: whole groups, hashes rising."""
+    # Of sampled groups the first bits are all zero.
+    width = int(groups.max(initial=0)).bit_length()
+    bits = min(max(len(groups).bit_length() - _BLOCK_BITS, 0), width, 16)
+    # numpy sorts numbers of 16 bits digit by digit.
+    block = (groups >> np.uint64(width - bits)).astype(np.uint16)
+    order, end = np.argsort(block, kind="stable"), 0
+    for size in np.bincount(block, minlength=1).tolist():
+        yield order[end : end + size]
+        end += size
 
 
-def _sort_within(number: NDArray[np.uint64], minor: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """The order by `number`, small ones, and then by `minor`, whole words: as lexsort((minor, number)).
-
-    numpy sorts words ten times as fast as it sorts their indices. So the leading bits of both travel in one
-    word with the index, and what those bits leave open, few rows, is sorted again.
-    """
-    index_bits = np.uint64(len(number).bit_length())
-    number_bits = np.uint64(int(number.max(initial=0)).bit_length())
-    word = (number << (np.uint64(64) - number_bits)) | (minor >> number_bits)
-    word = ((word >> index_bits) << index_bits) | np.arange(len(word), dtype=np.uint64)
-    word.sort()
-    order = (word & ((np.uint64(1) << index_bits) - np.uint64(1))).astype(np.int64)
-    word >>= index_bits
-    open_ = np.zeros(len(word), bool)
-    open_[1:] = word[1:] == word[:-1]
-    # Rows that are equal in full may stay as they are, in the order of their indices.
-    differ = (number[order[1:]] != number[order[:-1]]) | (minor[order[1:]] != minor[order[:-1]])
-    if np.any(open_[1:] & differ):
-        open_[:-1] |= open_[1:]
-        some = order[open_]
-        order[open_] = some[np.lexsort((minor[some], number[some]))]
-    return order
-
-
-def _run_numbers(ordered: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Numbers the runs of equal values in a sorted array, from 0."""
-    numbers = np.zeros(len(ordered), np.uint64)
-    np.cumsum(ordered[1:] != ordered[:-1], out=numbers[1:])
-    return numbers
-
-
-def _starts(ordered: NDArray[np.int64] | NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Where each run of equal values begins in a sorted array."""
-    new = np.ones(len(ordered), bool)
+def _number(groups: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Numbers the groups of a block from 0, in the order of their hashes; the number of each row's."""
+    order, ordered = _sort(groups)
+    new = np.ones(len(groups), bool)
     np.not_equal(ordered[1:], ordered[:-1], out=new[1:])
-    return np.flatnonzero(new)
+    number = np.empty(len(groups), np.int64)
+    number[order] = np.cumsum(new) - 1
+    return number
 
 
-def _sums(values: NDArray[np.int64], starts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Sums of the stretches of `values` that begin at `starts`."""
-    sums: NDArray[np.int64] = np.add.reduceat(values, starts) if len(starts) else values[:0]
-    return sums
+def _rank(
+    group: NDArray[np.int64],
+    scores: NDArray[np.float32],
+    labels: NDArray[np.uint8],
+    ties: NDArray[np.uint64],
+    rows: NDArray[np.int64],
+    discounts: NDArray[np.float64],
+) -> Ranked:
+    """One task's ranking in a block. `group`, `scores`, `labels`: of its rows, which are `rows` of all;
+    `ties`: of all rows.
+    """
+    positive = labels == POSITIVE
+    positives = np.bincount(group[positive], minlength=int(group.max(initial=-1)) + 1)
+    # Where positives are few most groups have none: the others alone are ranked.
+    ranked = positives > 0
+    inside = np.flatnonzero(ranked[group] & (labels != NO_LABEL))
+    if len(inside) < len(group):
+        positives, renumber = positives[ranked], np.cumsum(ranked) - 1
+        group, scores = renumber[group[inside]], scores[inside]
+        positive, rows = positive[inside], rows[inside]
+    sizes = np.bincount(group, minlength=len(positives))
+    starts, hit_starts = np.cumsum(sizes) - sizes, np.cumsum(positives) - positives
+    hit_group = np.repeat(np.arange(len(positives)), positives)
+
+    # By group, falling score, and of one score the positive rows first.
+    key = group.astype(np.uint64) << np.uint64(33)
+    key |= (~score_keys(scores)).astype(np.uint64) << np.uint64(1)
+    key |= ~positive
+    order, key = _sort(key)
+    ahead = key & np.uint64(1) == 0
+    hits = np.flatnonzero(ahead)
+    rank = hits - starts[hit_group] + 1
+    negatives = sizes - positives
+    # Of the rows before a group's n-th positive all but n - 1 are negative. Integers up to the one division,
+    # so that the area is exact.
+    lost = np.add.reduceat(rank, hit_starts) - positives * (positives + 1) // 2 if len(hits) else sizes
+    twice_won = 2 * (positives * negatives - lost)
+
+    tied = np.flatnonzero(key[1:] ^ key[:-1] == 1)  # the last positive and the first negative of one score
+    if len(tied):
+        begin = np.searchsorted(key, key[tied], side="left")
+        end = np.searchsorted(key, key[tied + 1], side="right")
+        np.subtract.at(twice_won, group[order[tied]], (tied + 1 - begin) * (end - tied - 1))
+        run = np.repeat(np.arange(len(tied)), end - begin)
+        at = np.arange(len(run)) + (begin - np.cumsum(end - begin) + end - begin)[run]
+        among = order[at]
+        ahead[at] = positive[among[np.lexsort((ties[rows[among]], run))]]
+        rank = np.flatnonzero(ahead) - starts[hit_group] + 1
+
+    k = len(discounts)
+    top = rank <= k
+    in_top = hit_group[top]
+    found = np.bincount(in_top, minlength=len(sizes))
+    gained = np.bincount(in_top, weights=discounts[rank[top] - 1], minlength=len(sizes))
+    with np.errstate(invalid="ignore"):  # 0 / 0 without a negative
+        auc = twice_won / (2 * positives * negatives)
+    return Ranked(
+        rows=sizes,
+        positives=positives,
+        auc=auc,
+        ndcg=gained / np.cumsum(discounts)[np.minimum(positives, k) - 1],
+        recall=found / positives,
+        hit=(found > 0).astype(np.float64),
+        reciprocal_rank=1 / rank[hit_starts],
+        some_row=rows[order[starts]],
+    )
+
+
+def _sort(keys: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+    """The order that sorts `keys`, what is equal staying as it is; and the keys in that order."""
+    # numpy sorts words several times as fast as it sorts their indices: so an index takes each word's last
+    # bits, and the key, of which the last ones may find no room, the others.
+    above = keys - keys.min(initial=2**64 - 1)
+    bits = len(keys).bit_length()
+    dropped = max(int(above.max(initial=0)).bit_length() + bits - 64, 0)
+    word = (above >> np.uint64(dropped)) << np.uint64(bits)
+    word |= np.arange(len(keys), dtype=np.uint64)
+    word.sort()
+    order = (word & np.uint64((1 << bits) - 1)).astype(np.int64)
+    ordered = keys[order]
+    if dropped and np.any(ordered[1:] < ordered[:-1]):
+        order = np.argsort(keys, kind="stable")
+        ordered = keys[order]
+    return order, ordered

@@ -5,6 +5,9 @@ K distinct keys that are held.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,6 +15,9 @@ DEFAULT_CAP = 2**18
 """Distinct scores up to which nothing is rounded (20 bytes each)."""
 
 _LEAST_PENDING = 2**16
+
+_Counts = tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.int64]]
+"""Keys [K] increasing, and how many positive and negative rows each has, [K] and [K]."""
 
 
 class ScoreSketch:
@@ -30,33 +36,33 @@ class ScoreSketch:
             raise ValueError(f"cap: {cap} is below 2")
         self.cap = cap
         self._shift = 0
-        self._keys = np.zeros(0, np.uint32)
-        self._positives = np.zeros(0, np.int64)
-        self._negatives = np.zeros(0, np.int64)
+        self._counts: _Counts = (np.zeros(0, np.uint32), np.zeros(0, np.int64), np.zeros(0, np.int64))
         self._pending: list[tuple[NDArray[np.uint32], NDArray[np.uint32]]] = []
         self._pending_rows = 0
 
     def update(self, scores: NDArray[np.float32], positive: NDArray[np.bool_]) -> None:
         """Add rows: `scores` float32 [rows], none of them NaN, and whether each is positive, bool [rows]."""
         keys = score_keys(scores)
-        self._pending.append((keys[positive], keys[~positive]))
-        self._pending_rows += len(keys)
+        self.update_keys(keys[positive], keys[~positive])
+
+    def update_keys(self, positive: NDArray[np.uint32], negative: NDArray[np.uint32]) -> None:
+        """Add rows by the `score_keys` of the positive and of the negative ones; the arrays are kept."""
+        self._pending.append((positive, negative))
+        self._pending_rows += len(positive) + len(negative)
         # Waiting for rows in proportion to what is held keeps the cost of a row independent of K; four times
         # as many take about the memory of the state itself.
-        if self._pending_rows >= max(_LEAST_PENDING, 4 * len(self._keys)):
+        if self._pending_rows >= max(_LEAST_PENDING, 4 * len(self._counts[0])):
             self._settle()
 
-    def merge(self, other: ScoreSketch) -> None:
-        """Add the rows of `other`, which stays as it is. ValueError if the caps differ."""
-        if other.cap != self.cap:
-            raise ValueError(f"sketches with caps {self.cap} and {other.cap} cannot be merged")
+    def merge(self, *others: ScoreSketch) -> None:
+        """Add the rows of `others`, which stay as they are. ValueError if the caps differ."""
+        for other in others:
+            if other.cap != self.cap:
+                raise ValueError(f"sketches with caps {self.cap} and {other.cap} cannot be merged")
+            other._settle()
         self._settle()
-        other._settle()
-        self._raise_shift(max(self._shift, other._shift))
-        keys, positives, negatives = _coarsen(
-            other._keys, other._positives, other._negatives, self._shift - other._shift
-        )
-        self._add([(keys, positives, True), (keys, negatives, False)])
+        self._raise_shift(max([self._shift, *(other._shift for other in others)]))
+        self._add(*(_coarsen(other._counts, self._shift - other._shift) for other in others))
 
     @property
     def shift(self) -> int:
@@ -65,22 +71,13 @@ class ScoreSketch:
         return self._shift
 
     def auc(self) -> float | None:
-        """Area under the ROC curve, ties counted half; None without a positive or without a negative row."""
-        self._settle()
-        positives, negatives = int(self._positives.sum()), int(self._negatives.sum())
-        if positives == 0 or negatives == 0:
-            return None
-        below = np.cumsum(self._negatives) - self._negatives
-        twice_below = 2 * below + self._negatives
-        if positives * negatives < 2**61:
-            # Integers up to the one division: the result does not depend on how the sum is cut.
-            return int(np.sum(self._positives * twice_below)) / (2 * positives * negatives)
-        return float(np.sum((self._positives / positives) * (twice_below / (2 * negatives))))
+        """`auc` of this sketch alone."""
+        return auc([self])
 
     def arrays(self) -> tuple[int, NDArray[np.uint32], NDArray[np.int64], NDArray[np.int64]]:
         """The state: (shift, keys [K] increasing, positive rows [K], negative rows [K])."""
         self._settle()
-        return self._shift, self._keys, self._positives, self._negatives
+        return self._shift, *self._counts
 
     @classmethod
     def from_arrays(
@@ -97,44 +94,54 @@ class ScoreSketch:
         if not fits or np.any(keys[1:] <= keys[:-1]) or np.any(counts < 0):
             raise ValueError("these arrays are not the state of a sketch")
         sketch = cls(cap)
-        sketch._shift, sketch._keys = shift, keys
-        sketch._positives, sketch._negatives = positives, negatives
+        sketch._shift, sketch._counts = shift, (keys, positives, negatives)
         return sketch
 
     def _settle(self) -> None:
         """Bring the pending rows into the sorted state."""
         if not self._pending:
             return
-        parts = []
+        parts: list[_Counts] = []
         for side in (0, 1):
             keys = np.concatenate([pending[side] for pending in self._pending])
             if self._shift:
                 keys >>= np.uint32(self._shift)
             keys.sort()
             starts = _run_starts(keys)
-            parts.append((keys[starts], np.diff(starts, append=len(keys)), side == 0))
+            rows = np.diff(starts, append=len(keys))
+            none = np.zeros(len(rows), np.int64)
+            parts.append((keys[starts], none, rows) if side else (keys[starts], rows, none))
         self._pending, self._pending_rows = [], 0
-        self._add(parts)
+        self._add(*parts)
 
-    def _add(self, parts: list[tuple[NDArray[np.uint32], NDArray[np.int64], bool]]) -> None:
-        """Add (increasing keys at the current shift, rows, are they positive) and keep to the cap."""
-        merged = np.concatenate([self._keys] + [keys for keys, _, _ in parts])
-        merged.sort()
-        merged = merged[_run_starts(merged)]
-        positives, negatives = np.zeros((2, len(merged)), np.int64)
-        held = np.searchsorted(merged, self._keys)
-        positives[held] = self._positives
-        negatives[held] = self._negatives
-        for keys, rows, positive in parts:
-            (positives if positive else negatives)[np.searchsorted(merged, keys)] += rows
-        self._keys, self._positives, self._negatives = merged, positives, negatives
-        self._raise_shift(self._shift + _bits_to_drop(merged, self.cap))
+    def _add(self, *parts: _Counts) -> None:
+        """Add what has been counted by keys at the current shift, and keep to the cap."""
+        merged = _merge([self._counts, *parts])
+        bits = _bits_to_drop(merged[0], self.cap)
+        self._shift, self._counts = self._shift + bits, _coarsen(merged, bits)
 
     def _raise_shift(self, shift: int) -> None:
-        self._keys, self._positives, self._negatives = _coarsen(
-            self._keys, self._positives, self._negatives, shift - self._shift
-        )
-        self._shift = shift
+        self._shift, self._counts = shift, _coarsen(self._counts, shift - self._shift)
+
+
+def auc(sketches: Sequence[ScoreSketch]) -> float | None:
+    """Area under the ROC curve over the rows of all `sketches`, ties counted half; None without a positive or
+    without a negative row. As coarse as the coarsest, whatever the number of their scores together."""
+    states = [sketch.arrays() for sketch in sketches]
+    shift = max([0, *(state[0] for state in states)])
+    counts = [_coarsen(state[1:], shift - state[0]) for state in states]
+    if not counts:
+        return None
+    _, positive, negative = _merge(counts) if len(counts) > 1 else counts[0]
+    positives, negatives = int(positive.sum()), int(negative.sum())
+    if positives == 0 or negatives == 0:
+        return None
+    below = np.cumsum(negative) - negative
+    twice_below = 2 * below + negative
+    if positives * negatives < 2**61:
+        # Integers up to the one division: the result does not depend on how the sum is cut.
+        return int(np.sum(positive * twice_below)) / (2 * positives * negatives)
+    return float(np.sum((positive / positives) * (twice_below / (2 * negatives))))
 
 
 def score_keys(scores: NDArray[np.float32]) -> NDArray[np.uint32]:
@@ -156,17 +163,37 @@ def _bits_to_drop(keys: NDArray[np.uint32], cap: int) -> int:
     """The least number of low bits without which at most `cap` of the increasing `keys` stay distinct."""
     if len(keys) <= cap:
         return 0
-    # Neighbours stay distinct after a shift by n if the highest bit in which they differ is bit n or above.
-    differing = np.frexp((keys[1:] ^ keys[:-1]).astype(np.float64))[1]
-    stay = np.cumsum(np.bincount(differing, minlength=33)[::-1])[::-1]
-    return int(np.argmax(np.append(stay[1:], 0) + 1 <= cap))
+    # Neighbours stay distinct after a shift by n if they differ in bit n or above.
+    differing = keys[1:] ^ keys[:-1]
+    return bisect_left(range(32), True, key=lambda n: bool(np.count_nonzero(differing >= 2**n) < cap))
 
 
-def _coarsen(
-    keys: NDArray[np.uint32], positives: NDArray[np.int64], negatives: NDArray[np.int64], bits: int
-) -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.int64]]:
+def _merge(parts: Sequence[_Counts]) -> _Counts:
+    """The parts' counts together."""
+    keys, positives, negatives = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    # Stable, numpy's sort merges stretches that are sorted already: a quarter of the time of another.
+    order = np.argsort(keys, kind="stable")
+    return _count_runs(keys[order], positives[order], negatives[order])
+
+
+def _coarsen(counts: _Counts, bits: int) -> _Counts:
+    keys, positives, negatives = counts
     if bits == 0 or len(keys) == 0:
-        return keys, positives, negatives
-    keys = keys >> np.uint32(bits)
+        return counts
+    return _count_runs(keys >> np.uint32(bits), positives, negatives)
+
+
+def _count_runs(
+    keys: NDArray[np.uint32], positives: NDArray[np.int64], negatives: NDArray[np.int64]
+) -> _Counts:
+    """Each of the keys, which do not fall, once, with its counts summed."""
     starts = _run_starts(keys)
-    return keys[starts], np.add.reduceat(positives, starts), np.add.reduceat(negatives, starts)
+    if len(starts) == len(keys):
+        return keys, positives, negatives
+    # Running sums: faster than summing many short stretches one by one.
+    last = np.append(starts[1:], len(keys)) - 1
+    return (
+        keys[starts],
+        np.diff(np.cumsum(positives)[last], prepend=0),
+        np.diff(np.cumsum(negatives)[last], prepend=0),
+    )
