@@ -40,7 +40,6 @@ _USER_ERRNO = (
 _BAD_CREDENTIALS = (
     "InvalidAccessKeyId",
     "SignatureDoesNotMatch",
-    "ExpiredToken",
     "InvalidToken",
     "AuthFailure",
     "InvalidClientTokenId",
@@ -338,6 +337,11 @@ def _in_plain_words(url: str, done: str, error: Exception, first: bool = False) 
         return InputError(
             f"{url}: no usable AWS credentials ({error}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
             "AWS_PROFILE, or a role"
+        )
+    if "Expired" in code:
+        return InputError(
+            f"{url}: the credentials for {_endpoint()} have expired ({code}), and those that the AWS "
+            "environment and files have now are no others; renew them"
         )
     if code in _BAD_CREDENTIALS:
         return InputError(

@@ -52,6 +52,8 @@ _BUSY = {
     "ServiceUnavailable",
 }
 _FAULTS = {"InternalError", "InternalFailure", "RequestTimeout", "IncompleteBody", "BadDigest"}
+_LAPSED = {"ExpiredToken", "TokenRefreshRequired", "InvalidToken", "InvalidAccessKeyId"}
+"""Of credentials that were good until now: there may be others by now, in the AWS files or from the role."""
 _CONFLICTS = {"ConditionalRequestConflict", "OperationAborted"}
 """Two conditional writes have met: another try finds out who was first."""
 
@@ -76,6 +78,7 @@ class PatientS3(S3FileSystem):
         self._request_s = request_s
         self._slots = asyncio.Semaphore(CONNECTIONS)
         self._away = False
+        self._is_let_in, self._renewals, self._renewing = False, 0, asyncio.Lock()
 
     async def _call_s3(self, method: str, *akwarglist: Mapping[str, Any], **kwargs: Any) -> Any:
         """Send one request until it is answered. Raises GaveUp, or the refusal as s3fs translates it."""
@@ -84,11 +87,19 @@ class PatientS3(S3FileSystem):
             request_s = min(request_s, max(patience.seconds, 1.0))
         if self._away:
             patience, request_s = _BRIEF, min(request_s, _BRIEF_S)
-        began, retries = time.monotonic(), 0
+        began, retries, is_renewed = time.monotonic(), 0, False
         while True:
+            renewals = self._renewals
             try:
                 found = await self._try(method, akwarglist, kwargs, request_s)
-            except Exception as error:
+            except Exception as caught:
+                error = caught
+                if self._is_let_in and (lapsed := await self._lapse(method, kwargs, caught, request_s)):
+                    if not is_renewed:
+                        is_renewed = True
+                        await self._renew(renewals)
+                        continue
+                    error = lapsed
                 why = _why_again(error)
                 if why is None:
                     self._away = False
@@ -107,12 +118,36 @@ class PatientS3(S3FileSystem):
                 TALLY.add(why)
                 await asyncio.sleep(wait)
             else:
-                self._away = False
+                self._away, self._is_let_in = False, True
                 if method == "create_multipart_upload" and retries:
                     await self._drop_twins(kwargs["Bucket"], kwargs["Key"], found["UploadId"])
                 return found
 
     call_s3 = sync_wrapper(_call_s3)
+
+    async def _lapse(
+        self, method: str, kwargs: Mapping[str, Any], error: Exception, request_s: float
+    ) -> Exception | None:
+        """The refusal of credentials that have been good before, where `error` is one; else None."""
+        if _code(error) in _LAPSED:
+            return error
+        if method.startswith("head_") and _code(error) in ("400", "403"):
+            # Unlike that of another request, the refusal of a HEAD has no body that says why.
+            try:
+                await self._try("list_objects_v2", (), {"Bucket": kwargs["Bucket"], "MaxKeys": 1}, request_s)
+            except Exception as told:
+                return told if _code(told) in _LAPSED else None
+        return None
+
+    async def _renew(self, renewals: int) -> None:
+        """Read the credentials anew, by the chain that they came from, unless that was done meanwhile.
+
+        renewals: how many there had been when the request was signed that was refused.
+        """
+        async with self._renewing:
+            if self._renewals == renewals:
+                self._renewals += 1
+                await self.set_session(refresh=True)
 
     async def _try(
         self,

@@ -26,11 +26,13 @@ delay: the answer takes longer. truncate: the connection ends in the middle of t
 range, in good form. lost: what was asked is done, and the connection ends before the answer.
 
 By `choose` alone: full (507), region (400), conflict (409), late error (it is done, and a 200 holds an
-error), keys (a deletion of many is answered with an error for each and not done).
+error), keys (a deletion of many is answered with an error for each and not done). By `expired` alone: expired
+(400 ExpiredToken).
 """
 _REFUSALS: dict[str | None, tuple[int, str, str]] = {
     "busy": (503, "SlowDown", "Please reduce your request rate."),
     "error": (500, "InternalError", "We encountered an internal error. Please try again."),
+    "expired": (400, "ExpiredToken", "The provided token has expired."),
     "full": (507, "InsufficientStorage", "The store is full."),
     "region": (400, "AuthorizationHeaderMalformed", "The region 'us-east-1' is wrong."),
     "conflict": (409, "ConditionalRequestConflict", "A conflicting operation is in progress."),
@@ -47,6 +49,8 @@ class Seen:
     path: str
     query: str
     range: str | None
+    key: str
+    """Id of the access key that has signed it; "" where nothing has."""
     fault: str | None
     status: int | None = None
     """Of the server's answer; None where it was not asked."""
@@ -65,6 +69,8 @@ class FaultyProxy:
     delay_s: float = 0.2
     choose: Callable[[str, str, str], str | None] | None = None
     """(method, path, query) -> a fault or None: instead of chance."""
+    expired: set[str] = field(default_factory=set)
+    """Ids of access keys that are refused."""
     tls: ssl.SSLContext | None = None
     """Speak HTTPS by it; None: HTTP."""
     seen: list[Seen] = field(default_factory=list)
@@ -113,17 +119,19 @@ class FaultyProxy:
         with self._lock:
             return [each for each in self.seen if each.method == method and each.path.startswith(under)]
 
-    def meet(self, method: str, path: str, query: str, wanted: str | None) -> Seen:
+    def meet(self, method: str, path: str, query: str, wanted: str | None, key: str) -> Seen:
         with self._lock:
             number, self._count = self._count, self._count + 1
             fault = None
-            if self.choose is not None:
+            if key in self.expired:
+                fault = "expired"
+            elif self.choose is not None:
                 fault = self.choose(method, path, query)
             else:
                 chance = random.Random(f"{self.seed}|{number}")
                 if chance.random() < self.share:
                     fault = chance.choice(self.faults)
-            seen = Seen(method, path, query, wanted, fault)
+            seen = Seen(method, path, query, wanted, key, fault)
             self.seen.append(seen)
             return seen
 
@@ -176,7 +184,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         parts = urlsplit(self.path)
         path, query = unquote(parts.path), parts.query
-        seen = self.owner.meet(self.command, path, query, self.headers.get("Range"))
+        key = self.headers.get("Authorization", "").partition("Credential=")[2].partition("/")[0]
+        seen = self.owner.meet(self.command, path, query, self.headers.get("Range"), key)
         fault = seen.fault
         if fault in ("close", "reset"):
             self._hang_up(fault == "reset")

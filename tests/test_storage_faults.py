@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from mtlrec import patience, storage
+from mtlrec import patience, s3, storage
 from mtlrec.job.errors import InputError
 from mtlrec.job.storage import StorageSection
 from mtlrec.patience import Patience
@@ -405,3 +405,54 @@ def test_options_go_before_the_environment(
     storage.configure(StorageSection(ca_bundle=str(tmp_path / "none.pem"), **common))
     with pytest.raises(InputError, match=r"storage_options\.ca_bundle"):
         storage.read(storage.join(bucket, "file"))
+
+
+def write_credentials(home: Path, key: str) -> None:
+    (home / "credentials").write_text(
+        f"[default]\naws_access_key_id = {key}\naws_secret_access_key = secret\naws_session_token = token\n"
+    )
+
+
+def test_credentials_that_expire_are_read_anew(
+    proxy: FaultyProxy, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where something beside the run renews the file. Many requests at once read it once."""
+    for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    write_credentials(tmp_path, "FIRST")
+    urls = [storage.join(bucket, f"{number}") for number in range(16)]
+    for number, url in enumerate(urls):
+        storage.write(url, b"%d" % number)
+    client = s3.filesystem(bucket)
+    connected: list[None] = []
+    connect = client.set_session
+
+    async def set_session(refresh: bool = False) -> Any:
+        connected.extend([None] * refresh)
+        return await connect(refresh=refresh)
+
+    monkeypatch.setattr(client, "set_session", set_session)
+    proxy.expired.add("FIRST")
+    write_credentials(tmp_path, "SECOND")
+    with ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(storage.read, urls)) == [b"%d" % number for number in range(16)]
+    assert len(connected) == 1
+    # The refusal of a HEAD does not say why.
+    proxy.expired.add("SECOND")
+    write_credentials(tmp_path, "THIRD")
+    assert storage.size(urls[0]) == 1 and len(connected) == 2
+    assert {each.key for each in proxy.seen} == {"FIRST", "SECOND", "THIRD"}
+    assert storage.take_retries() == {}
+
+
+def test_credentials_that_expire_and_are_not_renewed_are_an_error(
+    proxy: FaultyProxy, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.write(storage.join(bucket, "file"), b"1")
+    proxy.expired.add("test")
+    for call in (storage.read, storage.size, storage.list_files):
+        with pytest.raises(InputError, match=r"have expired \(ExpiredToken\).*no others; renew them$"):
+            call(storage.join(bucket, "file"))
+    refused = [each for each in proxy.seen if each.fault == "expired"]
+    assert len(refused) <= 3 * 4, "twice each, and as often to be told why"
