@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from mtlrec import storage, watchdog
+from mtlrec import heap, storage, watchdog
 from mtlrec.assembly import Trainer, assemble
 from mtlrec.checkpoint import folder
 from mtlrec.checkpoint.manifest import read_manifest
@@ -41,6 +41,7 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
     every rank alike, for what the user can correct.
     """
     began = time.monotonic()
+    heap.keep_freed_memory()
     checkpoint, number, forks = _agree_on_start(run, world)
     watchdog.label(f"{number:04d}")
     if number > 1 and world.rank == 0:
@@ -104,6 +105,9 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
             following = Following(job, feed.schema, run.url, world, control)
             if feed.is_open:
                 following.note(position.generation, feed.dataset, trainer.step, None)
+        if forks:
+            # It lives by a checkpoint that its source may remove until it has one of its own.
+            session.save()
         if judge.owes:
             session.measure(feed)
         if reader is not None:
