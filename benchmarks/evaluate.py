@@ -3,8 +3,8 @@
     python -m benchmarks evaluate [--rows 2000000] [--repeats 5] [--folder FOLDER] [--quick]
 
 Model and columns are those of end_to_end (`benchmarks/sized.py`: 11 tables x 16, MMoE, two tasks, four
-scenarios, 1M users), weights at their start, in batches of 4096, on one worker of one thread that has one core:
-the threads that read share it. Sides, in turn:
+scenarios, 1M users), weights at their start, in batches of 4096, on one worker of one thread that has one
+core: the threads that read share it. Sides, in turn:
 
 - ours: `mtlrec.evaluate.evaluate`, whole: Parquet to AUC, log loss, calibration, GAUC, nDCG, recall, hit rate
   and MRR of both tasks, over all and by scenario.
@@ -12,9 +12,9 @@ the threads that read share it. Sides, in turn:
   read the same way, but for labels and users, which are not read. So what measuring adds to predicting.
 - memory: the model over as many batches that are in memory (64, again and again), nothing read.
 
-`read`, `memory`: that side's seconds over ours; 1 if the rest cost nothing. `cpu`: the same in processor time.
-Five repeats of 2M rows are 10M. Of one pass over 10M (`--rows 10000000 --repeats 1`) a row costs less, because
-the work at its end is bounded.
+`read`, `memory`: that side's seconds over ours; 1 if the rest cost nothing. `cpu`: the same in processor
+time. Five repeats of 2M rows are 10M. Of one pass over 10M (`--rows 10000000 --repeats 1`) a row costs less,
+because the work at its end is bounded.
 
 About 5 minutes, 2 GiB of memory, 1 GiB on the disk. `--quick`: a few seconds at a size that says nothing.
 """
