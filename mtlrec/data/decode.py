@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mtlrec.data.columns import Columns, Lists, list_features, offsets_of, single_features, span_index
-from mtlrec.data.ids import IdError, hash_ids, rows_of
+from mtlrec.data.ids import IdError, hash_ids, hash_into, rows_of
 from mtlrec.data.labels import read_labels, read_weight
 from mtlrec.data.source import Array, BadRows, Source, is_valid, without_nulls
 from mtlrec.data.vocabulary import Vocabulary
@@ -168,7 +168,7 @@ def _id(
     """One id a row -> its row of a table, -1 for null."""
     array = _within(source, feature.column, source[feature.column], table, lambda at: at)
     try:
-        _look_up(array, _rows_in(table, vocabularies), target)
+        _look_up(array, table, vocabularies, target)
     except IdError as error:
         raise source.error(feature.column, error.position, str(error)) from None
     if array.null_count:
@@ -220,14 +220,17 @@ def _lists(
     ids = _within(source, feature.column, ids, table, row_of)
     values = np.empty(len(ids), _index_type([table]))
     try:
-        _look_up(ids, _rows_in(table, vocabularies), values)
+        _look_up(ids, table, vocabularies, values)
     except IdError as error:
         raise source.error(feature.column, int(row_of(error.position)), str(error)) from None
     return Lists(offsets, values)
 
 
-def _look_up(array: pa.Array, rows: _Rows, target: Array) -> None:
-    """Ids -> their rows in `target`; anything where there is a null. Raises IdError."""
+def _look_up(
+    array: pa.Array, table: Table, vocabularies: Mapping[str, Vocabulary] | None, target: Array
+) -> None:
+    """Ids -> their rows of a table in `target`; anything where there is a null. Raises IdError."""
+    rows = _rows_in(table, vocabularies)
     if pa.types.is_dictionary(array.type) and pa.types.is_integer(array.type.value_type):
         array = array.dictionary_decode()
     if not pa.types.is_integer(array.type):
@@ -239,6 +242,9 @@ def _look_up(array: pa.Array, rows: _Rows, target: Array) -> None:
             np.take(found, without_nulls(array.indices, 0), out=target, mode="clip")
         return
     values = without_nulls(array, 0)
+    if table.ids == "hash":
+        hash_into(values, table.rows, target)
+        return
     for start in range(0, len(values), _BLOCK):
         try:
             target[start : start + _BLOCK] = rows(values[start : start + _BLOCK])

@@ -6,8 +6,9 @@ bytes, strings as UTF-8. A hashed id's row is hash % rows.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,19 @@ import xxhash
 
 _BLOCK = 16384
 """Ids hashed at a time: the block and its scratch stay in the cache."""
+_SMALL = 2**16
+"""The rows of ids from 0 to here are looked up: a third of the time, and 256 KiB for each size of a table."""
+_SMALL_TABLES = 64
+
+
+def _constant(value: int) -> npt.NDArray[np.uint64]:
+    """numpy takes an array as an operand in half the time of a scalar of its own."""
+    return np.array(value, np.uint64)
+
+
+_GAMMA = _constant(0x9E3779B97F4A7C15)
+_MIX = ((_constant(30), _constant(0xBF58476D1CE4E5B9)), (_constant(27), _constant(0x94D049BB133111EB)))
+_LAST_SHIFT = _constant(31)
 
 
 class IdError(ValueError):
@@ -65,31 +79,82 @@ def hash_ids(ids: pa.Array | pa.ChunkedArray | npt.NDArray[np.integer]) -> npt.N
 
 def to_rows(hashes: npt.NDArray[np.uint64], rows: int) -> npt.NDArray[np.int64]:
     """hash % rows, int64 of the hashes' shape."""
+    found = np.empty_like(hashes)
+    _remainder(hashes, rows, found)
+    return found.view(np.int64)
+
+
+def hash_into(values: npt.NDArray[np.integer], rows: int, target: npt.NDArray[Any]) -> None:
+    """What `rows_of(values, rows, "hash")` gives, into `target`: int32, where rows are few enough, or int64."""
+    if _are_small(values):
+        target[:] = _rows_of_small(rows).take(values, mode="clip")
+        return
+    hashes, scratch = np.empty((2, min(_BLOCK, len(values))), np.uint64)
+    for start in range(0, len(values), _BLOCK):
+        block = values[start : start + _BLOCK]
+        _mix(block, hashes[: len(block)], scratch[: len(block)])
+        _remainder(hashes[: len(block)], rows, scratch[: len(block)])
+        target[start : start + _BLOCK] = scratch[: len(block)]
+
+
+def _are_small(values: npt.NDArray[np.integer]) -> bool:
+    # The first and the last tell of most columns that they are not.
+    return (
+        len(values) > 0
+        and 0 <= values[0] < _SMALL
+        and 0 <= values[-1] < _SMALL
+        and values.max() < _SMALL
+        and values.min() >= 0
+    )
+
+
+@lru_cache(_SMALL_TABLES)
+def _rows_of_small(rows: int) -> npt.NDArray[Any]:
+    """Rows of the ids 0 to `_SMALL` - 1."""
+    found = to_rows(_hash_integers(np.arange(_SMALL)), rows)
+    return found.astype(np.int32) if rows <= 2**31 else found
+
+
+def _remainder(hashes: npt.NDArray[np.uint64], rows: int, target: npt.NDArray[np.uint64]) -> None:
+    """hash % rows into another array."""
     if rows & (rows - 1) == 0:
-        return (hashes & np.uint64(rows - 1)).astype(np.int64)
+        np.bitwise_and(hashes, _constant(rows - 1), target)
+        return
     # numpy divides by one number with vector instructions, but takes remainders one by one.
-    quotient = hashes // np.uint64(rows)
-    quotient *= np.uint64(rows)
-    return np.subtract(hashes, quotient, out=quotient).view(np.int64)
+    divisor = _constant(rows)
+    np.floor_divide(hashes, divisor, target)
+    np.multiply(target, divisor, target)
+    np.subtract(hashes, target, target)
 
 
 def _hash_integers(values: npt.NDArray[np.integer]) -> npt.NDArray[np.uint64]:
-    """splitmix64 (Steele, Lea, Flood 2014): add the golden gamma, then mix; a bijection of 64-bit words."""
     hashes = np.empty(len(values), np.uint64)
     scratch = np.empty(min(_BLOCK, len(values)), np.uint64)
     for start in range(0, len(values), _BLOCK):
         block = hashes[start : start + _BLOCK]
-        shifted = scratch[: len(block)]
-        # Sign-extends signed ids, and wraps unsigned ones of 2^63 and more onto the negative ones.
-        np.copyto(block.view(np.int64), values[start : start + _BLOCK], casting="unsafe")
-        block += np.uint64(0x9E3779B97F4A7C15)
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-            np.right_shift(block, np.uint64(shift), out=shifted)
-            block ^= shifted
-            block *= np.uint64(factor)
-        np.right_shift(block, np.uint64(31), out=shifted)
-        block ^= shifted
+        _mix(values[start : start + _BLOCK], block, scratch[: len(block)])
     return hashes
+
+
+def _mix(
+    values: npt.NDArray[np.integer], hashes: npt.NDArray[np.uint64], scratch: npt.NDArray[np.uint64]
+) -> None:
+    """splitmix64 (Steele, Lea, Flood 2014): add the golden gamma, then mix; a bijection of 64-bit words.
+
+    All [n]; scratch: overwritten.
+    """
+    if values.dtype.itemsize < 8:
+        # Sign-extends signed ids.
+        np.copyto(hashes.view(np.int64), values, casting="unsafe")
+        values = hashes
+    # The unsigned ones of 2^63 and more are the same words as the negative ones.
+    np.add(values.view(np.uint64), _GAMMA, hashes)
+    for shift, factor in _MIX:
+        np.right_shift(hashes, shift, scratch)
+        np.bitwise_xor(hashes, scratch, hashes)
+        np.multiply(hashes, factor, hashes)
+    np.right_shift(hashes, _LAST_SHIFT, scratch)
+    np.bitwise_xor(hashes, scratch, hashes)
 
 
 def _hash_bytes(values: pa.Array) -> npt.NDArray[np.uint64]:

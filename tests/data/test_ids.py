@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays, integer_dtypes, unsigned_integer_dtypes
 
-from mtlrec.data.ids import IdError, hash_ids, rows_of, to_rows
+from mtlrec.data.ids import IdError, hash_ids, hash_into, rows_of, to_rows
 
 integer_arrays = arrays(
     st.one_of(integer_dtypes(endianness="="), unsigned_integer_dtypes(endianness="=")), st.integers(0, 50)
@@ -101,6 +101,25 @@ def test_rows_are_remainders(hashes: np.ndarray, rows: int) -> None:
     assert found.dtype == np.int64
     assert found.tolist() == [int(value) % rows for value in before]
     assert (hashes == before).all()
+
+
+@given(integer_arrays, st.one_of(st.integers(1, 2**40), st.integers(0, 40).map(lambda n: 2**n)))
+def test_rows_are_written_where_they_are_wanted(values: np.ndarray, rows: int) -> None:
+    for target in (np.empty(len(values), np.int64), np.empty((len(values), 2), np.int64)[:, 0]):
+        hash_into(values, rows, target)
+        assert target.tolist() == rows_of(values, rows, "hash").tolist()
+
+
+@pytest.mark.parametrize("rows", [3, 1000, 1024, 2**31, 2**31 + 1])
+def test_small_ids_have_the_rows_of_all(rows: int) -> None:
+    # All from 0 on and below 2^16; or not, and where they begin and end does not tell.
+    small = np.random.default_rng(0).integers(0, 2**16, 40_000)
+    for middle in (0, 2**16 - 1, 2**16, -1):
+        values = small.copy()
+        values[20_000] = middle
+        target = np.empty(len(values), np.int32 if rows <= 2**31 else np.int64)
+        hash_into(values, rows, target)
+        assert (target == rows_of(values, rows, "hash")).all()
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(1, 10**6), st.integers(1, 1000))
