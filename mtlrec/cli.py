@@ -8,7 +8,7 @@ import os
 import sys
 from typing import NoReturn
 
-from mtlrec.commands.console import DONE, FAILED, STOPPED, WRONG_INPUT, leave, print_text
+from mtlrec.commands.console import DONE, FAILED, STOPPED, WRONG_INPUT, fail, leave, print_text
 from mtlrec.job.errors import InputError
 
 
@@ -24,27 +24,20 @@ def main(words: list[str]) -> int:
         arguments = _parser().parse_args(words)
         return int(arguments.command(arguments))
     except InputError as error:
-        return _fail(arguments, str(error), WRONG_INPUT)
+        return fail(arguments, str(error), WRONG_INPUT)
     except KeyboardInterrupt:
-        return _fail(arguments, "stopped at once; the last complete checkpoint stands", STOPPED)
+        return fail(arguments, "stopped at once; the last complete checkpoint stands", STOPPED)
     except Exception as error:
         from mtlrec.stack import explain_import_error
 
         cure = explain_import_error(error) if isinstance(error, ImportError | OSError) else None
         if cure is not None:
-            return _fail(arguments, cure, WRONG_INPUT)
+            return fail(arguments, cure, WRONG_INPUT)
         if os.environ.get("MTLREC_TRACEBACK"):
             raise
         first = (str(error).strip().splitlines() or [""])[0]
         kind = "" if isinstance(error, RuntimeError) and first else f"{type(error).__name__}: "
-        return _fail(arguments, f"{kind}{first} (MTLREC_TRACEBACK=1 shows where)", FAILED)
-
-
-def _fail(arguments: argparse.Namespace, message: str, code: int) -> int:
-    print(f"mtlrec: {message}", file=sys.stderr)
-    if getattr(arguments, "json", False):
-        print_text(json.dumps({"error": message, "exit": code}))
-    return code
+        return fail(arguments, f"{kind}{first} (MTLREC_TRACEBACK=1 shows where)", FAILED)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import socket
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -28,10 +28,12 @@ def launch(
     show: Callable[[dict[str, Any]], None],
     stop: StopRequest,
     alive: Callable[[], None],
+    last_words: Callable[[str], object],
 ) -> dict[str, Any]:
     """Perform `actions.ACTIONS[action]` with `payload` (plain data) on `run.workers` workers.
 
     `show` is given the workers' events; `alive` is called again and again and may raise to end everything.
+    `last_words` is called, in another thread, where this process has hung and is ended without returning.
     Returns rank 0's result. Raises InputError for what the user can correct, RuntimeError for faults.
     """
     # Where the stacks of a worker that hangs are written: a run has a folder of its own, other actions none.
@@ -48,7 +50,8 @@ def launch(
     def hung(text: str) -> None:
         stop.fail(text)
         if not dog.ended.wait(GRACE_S):
-            print(f"mtlrec: {text}", file=sys.stderr)
+            last_words(text)
+            os._exit(watchdog.EXIT)  # nothing may be said after them
 
     torch.set_num_threads(run.threads)
     dog = watchdog.Watchdog(run.step_timeout_s, 0, stacks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import subprocess
 import sys
 import threading
@@ -41,6 +42,27 @@ with stop.listening(print), dog.watching(hung):
 """
 
 
+STUCK_ALONE = """
+import argparse, signal, sys, threading, types
+
+def waits_for_ever(*given):
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Event().wait()
+
+# As the command calls it, but for what is trained.
+sys.modules["mtlrec.actions"] = types.SimpleNamespace(perform=waits_for_ever)
+from mtlrec import launch
+from mtlrec.commands.console import FAILED, fail
+from mtlrec.stopping import StopRequest
+
+launch.GRACE_S = 0.5
+run = argparse.Namespace(workers=0, threads=1, device="cpu", step_timeout_s=0.5)
+words = lambda text: fail(argparse.Namespace(json=True), text, FAILED)
+how = {"name": "", "address": None, "show": print, "alive": print, "last_words": words}
+launch.launch("train", {"url": sys.argv[1]}, run, stop=StopRequest(), **how)
+"""
+
+
 def stuck(folder: Path, how: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", STUCK, str(folder), how]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -61,6 +83,16 @@ def test_a_process_that_cannot_be_interrupted_is_ended(tmp_path: Path) -> None:
     done = stuck(tmp_path, "deaf")
     assert done.returncode == watchdog.EXIT and "Traceback" not in done.stderr
     assert "waits_for_ever" in (tmp_path / "0007-r00000.txt").read_text()
+
+
+def test_the_one_object_on_stdout_is_there_where_a_lone_process_has_to_be_ended(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", STUCK_ALONE, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == watchdog.EXIT, done.stderr
+    said = json.loads(done.stdout)
+    assert said["exit"] == 1 and said["error"].startswith("worker 0 has made no progress for 0.5 s")
+    assert done.stderr.strip().splitlines()[-1] == f"mtlrec: {said['error']}"
+    assert "waits_for_ever" in (tmp_path / "stacks" / "start-r00000.txt").read_text()
 
 
 def test_without_a_folder_the_stacks_are_what_is_said() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from mtlrec import storage
 from mtlrec.checkpoint.folder import CHECKPOINTS, find, list_checkpoints
 from mtlrec.checkpoint.inspect import inspect_checkpoint, render
-from mtlrec.commands.console import DONE, print_json, print_text
+from mtlrec.commands.console import DONE, FAILED, fail, print_json, print_text
 from mtlrec.display import Display
 from mtlrec.job.errors import InputError
 from mtlrec.job.run import MAX_WORKERS
@@ -118,6 +118,7 @@ def _on_checkpoint(
             show=display.handle,
             stop=StopRequest(),
             alive=lambda: None,
+            last_words=lambda text: fail(arguments, text, FAILED),
         )
     finally:
         display.close()

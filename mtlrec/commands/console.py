@@ -30,6 +30,14 @@ def print_json(arguments: argparse.Namespace, result: dict[str, Any]) -> int:
     return DONE
 
 
+def fail(arguments: argparse.Namespace, message: str, code: int) -> int:
+    """`message` as the command's last line, and as its object with `--json`; returns `code`."""
+    print(f"mtlrec: {message}", file=sys.stderr)
+    if getattr(arguments, "json", False):
+        print_text(json.dumps({"error": message, "exit": code}))
+    return code
+
+
 def leave(code: int) -> NoReturn:
     """End this process with `code`.
 

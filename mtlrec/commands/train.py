@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from mtlrec import storage
-from mtlrec.commands.console import DONE, STOPPED, print_json
+from mtlrec.commands.console import DONE, FAILED, STOPPED, fail, print_json
 from mtlrec.data.quarantine import FOLDER as QUARANTINE
 from mtlrec.data.quarantine import told
 from mtlrec.display import Display
@@ -61,6 +61,7 @@ def _train_one(arguments: argparse.Namespace, job: Job) -> int:
                 show=display.handle,
                 stop=stop,
                 alive=lease.check,
+                last_words=lambda text: fail(arguments, text, FAILED),
             )
             storage.remove_unfinished(run.url, keep=lease.name)
     finally:
