@@ -75,12 +75,13 @@ def copies(world: Any, folder: str, rows: int, repeats: int) -> Results:
     from mtlrec.checkpoint.load import load_tables
     from mtlrec.checkpoint.manifest import read_manifest
     from mtlrec.checkpoint.save import Saving, save
-    from mtlrec.checkpoint.snapshot import HeldBlock, Snapshot
+    from mtlrec.checkpoint.snapshot import Snapshot
+    from mtlrec.checkpoint.tensors import TableBlock
     from mtlrec.distributed import all_ok
 
     begin, end = rows * world.rank // WORKERS, rows * (world.rank + 1) // WORKERS
     blocks = [
-        HeldBlock(
+        TableBlock(
             table=f"table{number}",
             row=begin,
             rows=end - begin,

@@ -6,7 +6,6 @@ M rows of the model, T tasks.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from mtlrec import watchdog
 from mtlrec.batch import Batch
+from mtlrec.checkpoint.tensors import TableBlock
 from mtlrec.distributed import World, all_gather_bytes
 from mtlrec.job.job import Job
 from mtlrec.job.optimizer import TablesOptimizer
@@ -46,25 +46,6 @@ _ADAM_FAMILY = ("adam", "partial_rowwise_adam", "lamb")
 
 TABLES = "tables"
 """Name of the collection in the model: the dense parameters are all that do not begin with it."""
-
-
-@dataclass(frozen=True)
-class LocalBlock:
-    """A rectangle of one table that this rank owns, or holds a copy of: views, so writing here is loading."""
-
-    table: str
-    row: int
-    """First row, in the whole table."""
-    rows: int
-    column: int
-    """First column, in the whole table."""
-    columns: int
-    weights: torch.Tensor
-    """float32 [rows, columns]."""
-    state: dict[str, torch.Tensor]
-    """The table optimizer's: [rows] where it keeps one number a row, [rows, columns] where one a weight."""
-    replicated: bool
-    """Every rank has this block; they are equal."""
 
 
 class ShardedModel(nn.Module):
@@ -160,7 +141,7 @@ def shard(model: Recommender, job: Job, world: World, plan: dict[str, Any] | Non
     return result
 
 
-def local_blocks(model: ShardedModel) -> Iterator[LocalBlock]:
+def local_blocks(model: ShardedModel) -> Iterator[TableBlock]:
     """Every rectangle of a table that lies on this rank, in the plan's order of tables, by row and column."""
     order = {table.name: index for index, table in enumerate(model.plan.tables)}
     blocks = [block for lookup in _lookups(model) for block in _blocks_of(lookup, model)]
@@ -295,13 +276,13 @@ def _fused_modules(model: ShardedModel) -> Iterator[Any]:
     yield from (group.emb_module for group in _lookups(model) if _is_fused(group))
 
 
-def _blocks_of(group: Any, model: ShardedModel) -> Iterator[LocalBlock]:
+def _blocks_of(group: Any, model: ShardedModel) -> Iterator[TableBlock]:
     configs, weights = group.config.embedding_tables, group.emb_module.split_embedding_weights()
     if not _is_fused(group):
         assert model.replicated is not None
         for config, values in zip(configs, weights, strict=True):
             state = model.replicated.state(config.name)
-            yield LocalBlock(config.name, 0, len(values), 0, values.shape[1], values, state, True)
+            yield TableBlock(config.name, 0, len(values), 0, values.shape[1], values, state, True)
         return
     # SGD has no state, and its list of states is empty.
     states = group.emb_module.get_optimizer_state() or [{} for _ in configs]
@@ -310,7 +291,7 @@ def _blocks_of(group: Any, model: ShardedModel) -> Iterator[LocalBlock]:
         row, column = config.local_metadata.shard_offsets
         assert (rows, columns) == (config.local_rows, config.local_cols)
         if rows:
-            yield LocalBlock(config.name, row, rows, column, columns, values, dict(state), False)
+            yield TableBlock(config.name, row, rows, column, columns, values, dict(state), False)
 
 
 def _replicated_tables(tables: ShardedEmbeddingBagCollection) -> list[ReplicatedTable]:

@@ -21,8 +21,8 @@ LAYERS = """
     fork generations preflight judge doctor control display compare stopping
     ---
     quiet distributed batch data.reader lockstep share vocabularies interactions
-    model optimizers plan sharding objective
-    checkpoint.tensors checkpoint.vocabularies checkpoint.parts checkpoint.snapshot checkpoint.save
+    model optimizers plan checkpoint.tensors sharding objective
+    checkpoint.vocabularies checkpoint.parts checkpoint.snapshot checkpoint.save
     checkpoint.load
     safety assembly feed evaluate predict journal saver following train actions
     ---

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import mtlrec.sharding
+from mtlrec.checkpoint.tensors import TableBlock
 from mtlrec.distributed import World
 from mtlrec.job.job import job_from_dict
 from mtlrec.model.model import build_model
 from mtlrec.model.starting import table_rows
 from mtlrec.schema import build_schema
-from mtlrec.sharding import LocalBlock, ShardedModel, initialise_tables, local_blocks, shard
+from mtlrec.sharding import ShardedModel, initialise_tables, local_blocks, shard
 from tests.distributed.training import batches, start
 from tests.model.example import counts, cut, example_job, example_schema, global_rows, single_world
 
@@ -56,7 +57,7 @@ def whole_tables(model: ShardedModel) -> dict[str, dict[str, torch.Tensor]]:
     return found
 
 
-def area(block: LocalBlock) -> tuple[slice, slice]:
+def area(block: TableBlock) -> tuple[slice, slice]:
     return slice(block.row, block.row + block.rows), slice(block.column, block.column + block.columns)
 
 

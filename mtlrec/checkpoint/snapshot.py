@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,20 +19,6 @@ from mtlrec.direct import ALIGNMENT
 
 _Key = tuple[str, int, int, str]
 """Table, first row, first column, name of the tensor; "", 0, 0, name of what is no table's."""
-
-
-@dataclass(frozen=True)
-class HeldBlock:
-    """A `TableBlock` whose tensors lie in a snapshot."""
-
-    table: str
-    row: int
-    rows: int
-    column: int
-    columns: int
-    weights: torch.Tensor
-    state: dict[str, torch.Tensor]
-    replicated: bool
 
 
 class Snapshot:
@@ -59,7 +45,7 @@ class Snapshot:
 
     def take(
         self, blocks: Iterable[TableBlock], dense: Mapping[str, torch.Tensor]
-    ) -> tuple[list[HeldBlock], dict[str, torch.Tensor]]:
+    ) -> tuple[list[TableBlock], dict[str, torch.Tensor]]:
         """Copies, contiguous and on the CPU, of what this rank writes. They last until the next call."""
         if self._preparing is not None:
             self._preparing.join()
@@ -77,18 +63,9 @@ class Snapshot:
             place = (block.table, block.row, block.column)
             if (*place, WEIGHTS) not in held:
                 continue
-            copies.append(
-                HeldBlock(
-                    table=block.table,
-                    row=block.row,
-                    rows=block.rows,
-                    column=block.column,
-                    columns=block.columns,
-                    weights=held[*place, WEIGHTS],
-                    state={name: held[*place, STATE + name] for name in block.state},
-                    replicated=block.replicated,
-                )
-            )
+            weights = held[*place, WEIGHTS]
+            state = {name: held[*place, STATE + name] for name in block.state}
+            copies.append(replace(block, weights=weights, state=state))
         return copies, {name: value for (table, _, _, name), value in held.items() if not table}
 
     def _written(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,28 +34,26 @@ Values = torch.Tensor | npt.NDArray[Any]
 assert sys.byteorder == "little", "the format is little-endian, and bytes are taken as they lie in memory"
 
 
-class TableBlock(Protocol):
-    """A rectangle of a table on this rank, as `mtlrec.sharding.LocalBlock` has it.
+@dataclass(frozen=True)
+class TableBlock:
+    """A rectangle of one table: a view of what this rank owns, or holds a copy of, or a snapshot of that.
 
-    Its own protocol, so that reading and writing checkpoints does not cost the import of TorchRec.
+    Of views, writing here is loading. Defined here, so that checkpoints do not cost the import of TorchRec.
     """
 
-    @property
-    def table(self) -> str: ...
-    @property
-    def row(self) -> int: ...
-    @property
-    def rows(self) -> int: ...
-    @property
-    def column(self) -> int: ...
-    @property
-    def columns(self) -> int: ...
-    @property
-    def weights(self) -> torch.Tensor: ...
-    @property
-    def state(self) -> Mapping[str, torch.Tensor]: ...
-    @property
-    def replicated(self) -> bool: ...
+    table: str
+    row: int
+    """First row, in the whole table."""
+    rows: int
+    column: int
+    """First column, in the whole table."""
+    columns: int
+    weights: torch.Tensor
+    """float32 [rows, columns]."""
+    state: dict[str, torch.Tensor]
+    """The table optimizer's: [rows] where it keeps one number a row, [rows, columns] where one a weight."""
+    replicated: bool
+    """Every rank has this block; they are equal."""
 
 
 def tensors_of(block: TableBlock) -> dict[str, torch.Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -11,24 +11,11 @@ import torch
 
 from mtlrec.checkpoint.manifest import Manifest
 from mtlrec.checkpoint.parts import merge, write_part
+from mtlrec.checkpoint.tensors import TableBlock
 from mtlrec.data.vocabulary import Vocabulary
 from mtlrec.distributed import World
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
-
-
-@dataclass
-class FakeBlock:
-    """What `mtlrec.sharding.LocalBlock` looks like, without the import of TorchRec."""
-
-    table: str
-    row: int
-    rows: int
-    column: int
-    columns: int
-    weights: torch.Tensor
-    state: dict[str, torch.Tensor] = field(default_factory=dict)
-    replicated: bool = False
 
 
 @dataclass
@@ -70,7 +57,7 @@ def blank(table: FakeTable) -> FakeTable:
 
 def cut(
     table: FakeTable, rows: Sequence[int] = (), columns: Sequence[int] = (), replicated: bool = False
-) -> list[FakeBlock]:
+) -> list[TableBlock]:
     """Blocks (views) between the given inner row and column borders, row by row."""
     num_rows, dim = table.weights.shape
     found = []
@@ -82,7 +69,7 @@ def cut(
             }
             weights = table.weights[top:bottom, left:right]
             found.append(
-                FakeBlock(table.name, top, bottom - top, left, right - left, weights, state, replicated)
+                TableBlock(table.name, top, bottom - top, left, right - left, weights, state, replicated)
             )
     return found
 
@@ -105,7 +92,7 @@ def meta_of(tables: Sequence[FakeTable], **changes: Any) -> dict[str, Any]:
 
 def save_ranks(
     url: str,
-    ranks: Sequence[Sequence[FakeBlock]],
+    ranks: Sequence[Sequence[TableBlock]],
     tables: Sequence[FakeTable],
     dense: dict[str, torch.Tensor] | None = None,
     vocabularies: dict[str, Vocabulary] | None = None,

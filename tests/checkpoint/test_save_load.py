@@ -21,11 +21,11 @@ from mtlrec.checkpoint.folder import checkpoint_url, discard, latest, sweep
 from mtlrec.checkpoint.load import load_dense, load_tables
 from mtlrec.checkpoint.manifest import CHUNK_ROWS, read_manifest
 from mtlrec.checkpoint.save import finish
+from mtlrec.checkpoint.tensors import TableBlock
 from mtlrec.job.errors import InputError
 from mtlrec.storage import StorageError
 from tests.checkpoint.tables import (
     ALONE,
-    FakeBlock,
     FakeTable,
     assert_same,
     blank,
@@ -272,7 +272,7 @@ def test_loading_writes_into_strided_views_of_a_parameter(tmp_path: Path) -> Non
     url = str(tmp_path / "saved")
     manifest = save_ranks(url, [cut(table)], [table])
     whole = torch.nn.Parameter(torch.zeros(100, 10))
-    load_tables(url, manifest, [FakeBlock("user", 0, 100, 0, 4, whole[:, 3:7])])
+    load_tables(url, manifest, [TableBlock("user", 0, 100, 0, 4, whole[:, 3:7], {}, False)])
     assert same_bits(whole.detach()[:, 3:7], table.weights)
     assert not np.any(whole.detach()[:, 7:].numpy())
 
