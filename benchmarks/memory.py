@@ -57,9 +57,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         for workers in WORKERS[: 1 if asked.quick else None]:
             name = f"workers_{workers}"
             runs = []
-            for size in (small, large):
-                job = sized.job(folder, size, workers, every_steps=None)
-                runs.append(run_of(job | {"name": f"{name}-{size.table_rows}"}))
+            # Checkpoints after so many steps: none, or one that is written beside training.
+            for every_steps in (None, 2):
+                for size in (small, large):
+                    job = sized.job(folder, size, workers, every_steps)
+                    runs.append(run_of(job | {"name": f"{name}-{size.table_rows}-{every_steps}"}))
             call = {"runs": runs, "repeats": asked.repeats, "steps": asked.steps}
             target, share = "benchmarks.memory:peaks", large.table_rows * ROW_BYTES / workers
             by_rank = run_processes(target, workers, folder / name, call, timeout=3600)
@@ -78,7 +80,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 def peaks(world: Any, runs: list[dict[str, Any]], repeats: int, steps: int) -> Results:
-    """In a worker: train each of `runs`, the small one and then the large one.
+    """In a worker: train `runs`, a small one and a large one, and both again with checkpoints.
 
     Bytes of the small one's greatest memory, and by how much the large one's was greater: each time, and with
     a checkpoint.
@@ -94,7 +96,7 @@ def peaks(world: Any, runs: list[dict[str, Any]], repeats: int, steps: int) -> R
         """Ends training after some steps; where a checkpoint is asked for, once that is complete."""
 
         def __init__(self, saves: bool) -> None:
-            self.asked, self.saves, self.is_saved = 0, saves, False
+            self.asked, self.is_done = 0, not saves
             self.began, self.first_step_s = time.perf_counter(), 0.0
             self.ranks: dict[str, int] = {}
 
@@ -104,24 +106,21 @@ def peaks(world: Any, runs: list[dict[str, Any]], repeats: int, steps: int) -> R
                 self.ranks = {name: ranks[name] for name in ("user_id", "item_id")}
 
         def report(self, metrics: dict[str, float], checkpoint: str) -> None:
-            self.is_saved = True
+            self.is_done = True
 
         def should_stop(self) -> bool:
             if self.asked == 1:
                 self.first_step_s = time.perf_counter() - self.began
             # Every rank hears of a complete checkpoint at the same step.
-            if self.asked >= steps and (self.is_saved or not self.saves):
+            if self.asked >= steps and self.is_done:
                 raise Over
             self.asked += 1
             return False
 
-        def should_save(self) -> bool:
-            return self.saves and self.asked == 1
-
-    def peak(number: int, saves: bool = False) -> tuple[int, Watch]:
+    def peak(number: int) -> tuple[int, Watch]:
         gc.collect()
         forget_peak()
-        watch = Watch(saves)
+        watch = Watch(saves=number >= 2)
         with contextlib.suppress(Over):
             train(Run(**runs[number]), world, watch)
         return memory("VmHWM"), watch
@@ -132,8 +131,8 @@ def peaks(world: Any, runs: list[dict[str, Any]], repeats: int, steps: int) -> R
         most, watch = peak(1)
         growths.append(most - constant)
         seconds.append(watch.first_step_s)
-    before, _ = peak(0, saves=True)
-    with_copy = peak(1, saves=True)[0] - before
+    before, _ = peak(2)
+    with_copy = peak(3)[0] - before
     return {
         "constant": constant,
         "growths": growths,

@@ -132,7 +132,8 @@ def assemble(
     The plan that a run was begun with is kept in its folder and used again by as many workers.
     """
     plan_url = storage.join(run_url, "plan.json")
-    model = shard(build_model(job, schema, world.device), job, world, _read_plan(plan_url, world))
+    built, plan = build_model(job, schema, world.device), _read_plan(plan_url, world)
+    model = shard(built, job, world, plan, copied=job.run.saves_beside)
     objective = build_objective(job, schema).to(world.device)
     optimizer = DenseOptimizer(job, _Learnt(model, objective), world)
     trainer = Trainer(model, optimizer, objective, world, 0)

@@ -103,10 +103,15 @@ class Plan:
 
 
 def make_plan(
-    job: Job, tables: EmbeddingBagCollection, sharder: EmbeddingBagCollectionSharder, world: World
+    job: Job,
+    tables: EmbeddingBagCollection,
+    sharder: EmbeddingBagCollectionSharder,
+    world: World,
+    copied: bool,
 ) -> Plan:
     """The planner's choice within the job's wishes: made on rank 0 and handed to all. A collective.
 
+    copied: each worker's host memory is to hold a copy of its rows too.
     Raises InputError on every rank where a wish cannot be granted or the tables do not fit into memory.
     """
     allowed = allowed_kinds(job, tables, world.world_size)
@@ -115,10 +120,14 @@ def make_plan(
     if world.rank == 0:
         # The smallest machine decides: the planner knows only one kind.
         host, device = (min(each[place] for each in memory) for place in ("host", "device"))
+        if copied and world.device.type == "cpu":
+            host //= 2
+        elif copied:
+            device = min(device, host)
         try:
             answer = {"plan": _ask_planner(job, tables, sharder, world, allowed, host, device).to_dict()}
         except PlannerError as error:
-            answer = {"error": _refusal(tables, world, host, device, str(error))}
+            answer = {"error": _refusal(tables, world, host, device, copied, str(error))}
     answer = json.loads(broadcast_bytes(json.dumps(answer).encode(), world))
     if "error" in answer:
         raise InputError(answer["error"])
@@ -234,11 +243,15 @@ def _shapes(tables: EmbeddingBagCollection) -> list[tuple[str, int, int]]:
     return [(each.name, each.num_embeddings, each.embedding_dim) for each in tables.embedding_bag_configs()]
 
 
-def _refusal(tables: EmbeddingBagCollection, world: World, host: int, device: int, detail: str) -> str:
+def _refusal(
+    tables: EmbeddingBagCollection, world: World, host: int, device: int, copied: bool, detail: str
+) -> str:
     needed = sum(4 * rows * dim for _, rows, dim in _shapes(tables)) / 2**30
     memory = (device or host) / 2**30
+    beside = ", with room for the copy that asynchronous checkpoints are written from" if copied else ""
     return (
         f"the embedding tables ({needed:.2f} GiB of weights, optimizer state beside) find no place on "
-        f"{world.world_size} worker(s) with {memory:.2f} GiB each, as run.sharding has it: use fewer rows, a "
-        f"smaller model.dim, more workers, or run.sharding row_wise ({detail.splitlines()[0]})"
+        f"{world.world_size} worker(s) with {memory:.2f} GiB each{beside}, as run.sharding has it: use fewer "
+        f"rows, a smaller model.dim, more workers, {'run.checkpoint.mode sync, ' if copied else ''}"
+        f"or run.sharding row_wise ({detail.splitlines()[0]})"
     )

@@ -70,9 +70,7 @@ class Saver:
 
     def prepare(self, trainer: Trainer) -> None:
         """Take the memory that saving while training needs, where the job asks for that."""
-        run = self.feed.job.run
-        asked = run.checkpoint.every_steps or run.checkpoint.every_minutes or run.evaluate
-        if run.checkpoint.mode == "async" and asked:
+        if self.feed.job.run.saves_beside:
             self._snapshot.prepare(local_blocks(trainer.model), trainer.dense_tensors())
 
     def signals(self) -> tuple[bool, bool, bool]:
@@ -115,8 +113,8 @@ class Saver:
     ) -> str:
         """Begin a checkpoint and return its URL. A collective; waits for the one in the making, if any.
 
-        measured: of this very step. last: nothing is trained before `drain`, so that no copy is needed. The
-        same holds for mode sync, where the checkpoint is complete on return.
+        measured: of this very step. last: nothing is trained before `drain`, so that no copy is needed. Nor
+        is one where nothing is to be written beside training: the checkpoint is then complete on return.
         """
         self.drain()
         self._is_wanted = self._was_called = False
@@ -141,7 +139,8 @@ class Saver:
             "forked_from": self._run.forked_from,
         }
         blocks, dense = list(local_blocks(trainer.model)), trainer.dense_tensors()
-        goes_on = feed.job.run.checkpoint.mode == "async" and not last
+        beside = feed.job.run.saves_beside
+        goes_on = beside and not last
         written, rest = self._snapshot.take(blocks, dense) if goes_on else (blocks, dense)
         self._saving = Saving(
             url,
@@ -154,7 +153,7 @@ class Saver:
             after=self._tidy,
             threads=THREADS if goes_on else parts.THREADS,
         )
-        if feed.job.run.checkpoint.mode == "sync":
+        if not beside:
             self.drain()
         return url
 

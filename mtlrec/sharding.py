@@ -105,11 +105,14 @@ class ShardedModel(nn.Module):
         return found
 
 
-def shard(model: Recommender, job: Job, world: World, plan: dict[str, Any] | None = None) -> ShardedModel:
+def shard(
+    model: Recommender, job: Job, world: World, plan: dict[str, Any] | None = None, copied: bool = False
+) -> ShardedModel:
     """Spread the tables of `model` over the workers; their weights are not set yet. A collective.
 
     `plan`: what `ShardedModel.plan.to_dict()` gave in an earlier run; used where it was made for the same
     tables, workers and wishes, so that a resume is the same to the bit, and left aside otherwise.
+    copied: checkpoints will be written from a copy of the rows in host memory; a new plan leaves room for it.
     Raises InputError where `run.sharding` cannot be granted or memory does not suffice.
     """
     quiet_libraries()
@@ -122,7 +125,7 @@ def shard(model: Recommender, job: Job, world: World, plan: dict[str, Any] | Non
     sharder = _Sharder(fused_params=_fused_params(section))
     saved = _read(plan)
     if saved is None or not saved.serves(job, tables, world):
-        saved = make_plan(job, tables, sharder, world)
+        saved = make_plan(job, tables, sharder, world, copied)
     group = dist.group.WORLD
     assert group is not None
     devices = [device.decode() for device in all_gather_bytes(str(world.device).encode(), world)]

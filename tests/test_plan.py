@@ -113,6 +113,32 @@ def test_tables_beyond_the_memory_are_refused(world: World, monkeypatch: pytest.
         assert "\n" not in str(caught.value)
 
 
+def test_a_plan_leaves_room_for_the_copy_of_asynchronous_checkpoints(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = example_job()
+    held = sum(table["bytes"] for table in shard(model_of(job), job, world, copied=True).plan_table())
+    monkeypatch.setattr(mtlrec.plan, "read_memory", lambda: (2 * held, held))
+    shard(model_of(job), job, world)
+    with pytest.raises(InputError, match=r"with room for the copy .* run\.checkpoint\.mode sync"):
+        shard(model_of(job), job, world, copied=True)
+
+
+@pytest.mark.parametrize(
+    ("run", "beside"),
+    [
+        ({}, False),
+        ({"checkpoint": {"every_steps": 5}}, True),
+        ({"checkpoint": {"every_minutes": 5}}, True),
+        ({"checkpoint": {"every_steps": 5, "mode": "sync"}}, False),
+    ],
+)
+def test_a_copy_is_taken_where_checkpoints_are_due_while_training_goes_on(
+    run: dict[str, Any], beside: bool
+) -> None:
+    assert example_job(run=run).run.saves_beside == beside
+
+
 def test_plan_table_counts_weights_and_state(world: World) -> None:
     rows = {row["table"]: row for row in sharded(world, run={"sharding": "row_wise"}).plan_table()}
     assert list(rows) == [

@@ -21,7 +21,8 @@ class CheckpointSection(Section):
     """Save once so many minutes have passed since the last save began. Null for both: at the end alone."""
     mode: Literal["async", "sync"] = "async"
     """async: training waits only for a copy of each worker's rows in host memory, and goes on while it is
-    written; needs memory for that copy. sync: training waits until the checkpoint is complete."""
+    written; the plan leaves room for that copy. sync: training waits until the checkpoint is complete. So it
+    does at a notice that a node will go, where no checkpoint but the last was asked for."""
     keep_last: int = Field(default=2, ge=1)
     """Complete checkpoints that are kept, beside the best."""
 
@@ -101,6 +102,13 @@ class RunSection(Section):
     Progress is a step, an exchange between workers, a piece of a save or a load. Ray Train restarts workers
     that ended so, as after any failure.
     """
+
+    @property
+    def saves_beside(self) -> bool:
+        """Checkpoints are due while training goes on, and written from a copy of each worker's rows."""
+        section = self.checkpoint
+        asked = section.every_steps or section.every_minutes or self.evaluate
+        return section.mode == "async" and bool(asked)
 
     @property
     def fewest_workers(self) -> int:
