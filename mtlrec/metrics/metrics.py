@@ -23,11 +23,13 @@ ALL = "all"
 
 _MAGIC = b"mtlrec metrics 1\n"
 _BUFFER_ROWS = 2**16
+_BLOCK = 2**13
+"""Rows whose losses are computed at a time: what lies between stays in the cache."""
 _SKETCH_BUDGET = 2**22
 """Keys of all sketches together (20 bytes each), where there are many scenarios and tasks."""
 _ROWS, _POSITIVES, _NOT_FINITE = range(3)
 _FIRST, _SECOND = range(2)
-"""Sums of a binary task: log loss and predicted probability; of a regression: squared and absolute error."""
+"""Of a binary task log loss and predicted probability, of a regression squared and absolute error: sums."""
 _GROUP_ARRAYS = ("<u8", "<i4", "<u8", "<f4", "u1")
 _NO_POSITIVE = "no user has a positive row"
 _KINDS = ("binary", "regression", "pairwise")
@@ -82,6 +84,7 @@ class Metrics:
         self._outputs, self._labels = np.zeros((2, shape[1], _BUFFER_ROWS), np.float32)
         self._valid = np.zeros((shape[1], _BUFFER_ROWS), bool)
         self._scenario = np.zeros(_BUFFER_ROWS, np.int32)
+        self._losses = np.zeros((2, _BUFFER_ROWS))
         # Small numbers are sorted faster.
         self._class_type = np.min_scalar_type(2 * shape[0])
         self._users, self._ties = np.zeros((2, _BUFFER_ROWS if self._ranked else 0), np.uint64)
@@ -303,9 +306,13 @@ class Metrics:
             wrong = np.searchsorted(ends, np.flatnonzero(~finite), side="right")
             self._counts[:, t, _NOT_FINITE] += np.bincount(wrong, minlength=len(rows))
         if kind != "pairwise" and len(some):
-            losses = (binary_losses if kind == "binary" else regression_errors)(outputs, labels)
-            for place, each in zip((_FIRST, _SECOND), losses, strict=True):
-                self._sums[some, t, place] += np.add.reduceat(each, (ends - rows)[some])
+            losses = self._losses[:, : len(outputs)]
+            for begin in range(0, len(outputs), _BLOCK):
+                block = slice(begin, begin + _BLOCK)
+                losses[:, block] = (binary_losses if kind == "binary" else regression_errors)(
+                    outputs[block], labels[block]
+                )
+            self._sums[some, t] += np.add.reduceat(losses, (ends - rows)[some], axis=1).T
         if kind == "regression":
             return
         self._counts[:, t, _POSITIVES] += counts[:, 1]
