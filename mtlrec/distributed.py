@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,6 +111,23 @@ def gather_bytes(data: bytes, world: World) -> list[bytes] | None:
     return _cut(parts, sizes) if parts is not None else None
 
 
+def combine_bytes(give: Callable[[], bytes], take: Callable[[bytes], None], world: World) -> bool:
+    """Bring together on rank 0 what the ranks have, two by two; True there, False elsewhere.
+
+    give: what this rank has, and has been given, for another; take: adds another's to it. A rank holds one
+    other's at a time, and after log2(world size) rounds all is on rank 0. A collective.
+    """
+    distance = 1
+    while distance < world.world_size:
+        if world.rank % (2 * distance):
+            _send(give(), world.rank - distance, world)
+            return False
+        if world.rank + distance < world.world_size:
+            take(_receive(world.rank + distance, world))
+        distance *= 2
+    return True
+
+
 def broadcast_bytes(data: bytes | None, world: World) -> bytes:
     """Rank 0's `data` on every rank; what others hand in is not looked at."""
     if world.world_size == 1:
@@ -156,6 +173,20 @@ def _sizes(data: bytes, world: World) -> list[int]:
     dist.all_gather(sizes, size)
     watchdog.alive("an exchange between workers")
     return [int(each) for each in sizes]
+
+
+def _send(data: bytes, to: int, world: World) -> None:
+    dist.send(_to_wire(torch.tensor([len(data)]), world), to)
+    dist.send(_padded(data, len(data), world), to)
+
+
+def _receive(source: int, world: World) -> bytes:
+    size = _to_wire(torch.empty(1, dtype=torch.int64), world)
+    dist.recv(size, source)
+    buffer = _to_wire(torch.empty(max(int(size), 1), dtype=torch.uint8), world)
+    dist.recv(buffer, source)
+    watchdog.alive("an exchange between workers")
+    return _cut([buffer], [int(size)])[0]
 
 
 def _padded(data: bytes, size: int, world: World) -> torch.Tensor:

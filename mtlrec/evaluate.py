@@ -25,7 +25,7 @@ from mtlrec.data.quarantine import NOTHING, Counts, Earlier, Quarantine, open_da
 from mtlrec.data.reader import Reader
 from mtlrec.data.shards import Dataset
 from mtlrec.data.vocabulary import Vocabulary
-from mtlrec.distributed import World, all_gather_bytes, gather_bytes
+from mtlrec.distributed import World, all_gather_bytes, combine_bytes, gather_bytes
 from mtlrec.lockstep import Listener, in_step, together
 from mtlrec.metrics.differences import Scored, Subject
 from mtlrec.metrics.groups import NO_GROUP
@@ -112,11 +112,8 @@ def evaluate(
     if world.rank == 0 and any(bad_rows.values()):
         control.show({"kind": "log", "text": f"left out of {url}: {told(bad_rows)}"})
     ideal = together(world, lambda: ideal_of(ideal_url) if ideal_url and world.rank == 0 else None)
-    parts = gather_bytes(metrics.to_bytes(), world)
-    if parts is None:
+    if not combine_bytes(metrics.to_bytes, lambda other: metrics.merge(Metrics.from_bytes(other)), world):
         return Measured({}, None, bad_rows)
-    for part in parts[1:]:
-        metrics.merge(Metrics.from_bytes(part))
     return Measured(metrics.result(), ideal, bad_rows)
 
 

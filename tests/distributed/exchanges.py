@@ -13,6 +13,7 @@ from mtlrec.distributed import (
     all_ok,
     all_reduce_sum,
     broadcast_bytes,
+    combine_bytes,
     gather_bytes,
 )
 
@@ -21,6 +22,8 @@ def exchange(world: World) -> dict[str, Any]:
     mine = torch.tensor([world.rank, 10 * world.rank], dtype=torch.float64)
     words = bytes(range(7 * world.rank)) + b"\0"
     gathered = gather_bytes(words, world)
+    held = [words]
+    whole = combine_bytes(lambda: b"".join(held), held.append, world)
     errors = {
         "none": all_ok(None, world),
         "one": all_ok("größer als erlaubt" if world.rank == 1 else None, world),
@@ -32,6 +35,8 @@ def exchange(world: World) -> dict[str, Any]:
         "untouched": mine.numpy(),
         "count": all_reduce_sum(torch.tensor([2**53 + 1]), world).numpy(),
         "gathered": None if gathered is None else [list(part) for part in gathered],
+        "combined": list(b"".join(held)) if whole else None,
+        "combined nothing": combine_bytes(bytes, lambda other: None, world),
         "everywhere": [list(part) for part in all_gather_bytes(words, world)],
         "nothing": [list(part) for part in all_gather_bytes(b"", world)],
         "broadcast": list(broadcast_bytes(b"from 0" if world.rank == 0 else None, world)),

@@ -23,6 +23,8 @@ def test_exchanges_between_three(tmp_path: Path) -> None:
         assert found["untouched"].tolist() == [rank, 10.0 * rank]
         assert found["count"].tolist() == [3 * (2**53 + 1)]
         assert found["gathered"] == (words if rank == 0 else None)
+        assert found["combined"] == ([each for word in words for each in word] if rank == 0 else None)
+        assert found["combined nothing"] is (rank == 0)
         assert found["everywhere"] == words
         assert found["nothing"] == [[], [], []]
         assert bytes(found["broadcast"]) == b"from 0"
