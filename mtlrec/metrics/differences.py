@@ -64,6 +64,12 @@ def common_tasks(first: Subject, second: Subject) -> list[tuple[str, int, int]]:
     return found
 
 
+def num_comparisons(first: Subject, second: Subject) -> int:
+    """How often `differences` tells of its progress."""
+    scenarios = (first if first.scenarios != (ALL,) else second).scenarios
+    return (1 if scenarios == (ALL,) else 1 + len(scenarios)) * len(common_tasks(first, second))
+
+
 def differences(
     first: Scored,
     second: Scored,
@@ -76,7 +82,8 @@ def differences(
 
     Scenarios and users are the first's, or, where it knows none, the second's. Rows that carry a label for
     both count (`given` may differ). In "all" a user is drawn with the rows of all scenarios, and ranked in
-    each by itself. Without users, rows are drawn one by one. `show` is told of the progress.
+    each by itself. Without users, rows are drawn one by one. `show` is told of the progress,
+    `num_comparisons` times.
     """
     if not np.array_equal(first.ties, second.ties):
         raise ValueError("the two models were measured on different rows")
@@ -103,7 +110,7 @@ def differences(
             outputs = first.outputs[chosen, mine], second.outputs[chosen, other]
             found[scenario][name] = paired_bootstrap(rows, *outputs, metrics, replicates, seed)
             done += 1
-            rate, total = done / (time.monotonic() - began), len(parts) * len(tasks)
+            rate, total = done / (time.monotonic() - began), num_comparisons(first.subject, second.subject)
             event = {"kind": "progress", "what": "resample", "unit": "tasks", "done": done, "total": total}
             show({**event, "rows_per_s": rate, "seconds_left": (total - done) / rate})
     return found

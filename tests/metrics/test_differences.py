@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mtlrec.metrics.bootstrap import LabelledRows, metric_names, paired_bootstrap
-from mtlrec.metrics.differences import Scored, Subject, common_tasks, differences
+from mtlrec.metrics.differences import Scored, Subject, common_tasks, differences, num_comparisons
 from mtlrec.metrics.groups import NO_GROUP
 
 TASKS = (("click", "binary", "click"), ("choice", "pairwise", "choice"), ("stars", "regression", "rating"))
@@ -57,6 +57,14 @@ def test_a_model_without_scenarios_is_measured_in_those_of_the_other() -> None:
         differences(a, b, replicates=20) for a, b in ((first, second), (first, plain), (plain, first))
     )
     assert list(part) == ["all", "feed", "search"]
+    for a, b, results in (
+        (first, second, whole),
+        (first, plain, part),
+        (plain, first, turned),
+        (plain, plain, None),
+    ):
+        told = sum(map(len, results.values())) if results is not None else 1
+        assert num_comparisons(a.subject, b.subject) == told
     for scenario, tasks in part.items():
         assert tasks == {"click": whole[scenario]["click"]}
         for metric, numbers in turned[scenario]["click"].items():
