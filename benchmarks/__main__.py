@@ -14,6 +14,7 @@ BENCHMARKS = {
     "evaluate": "10M rows measured, beside the forward pass alone",
     "scaling": "1 to 2 workers at fixed rows per worker, beside plain TorchRec's own scaling",
     "memory": "a worker's memory for 2 GiB of tables on 1, 2 and 4 workers, beside its share of them",
+    "floor": "this machine's rates, and what a step of the end-to-end job could take at best",
     "start": "command to first step, beside a bare Ray Train start; --help beside an empty program",
 }
 
