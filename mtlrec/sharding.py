@@ -6,12 +6,14 @@ M rows of the model, T tasks.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import nn
+from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbeddingBag
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
 from torchrec.distributed.types import (
     EnumerableShardingSpec,
@@ -227,9 +229,21 @@ class _Sharder(EmbeddingBagCollectionSharder):
         device: torch.device | None = None,
         module_fqn: str | None = None,
     ) -> _Tables:
-        return _Tables(
-            module, params, env, fused_params=self.fused_params, device=device, module_fqn=module_fqn
-        )
+        with _left_unset():
+            return _Tables(
+                module, params, env, fused_params=self.fused_params, device=device, module_fqn=module_fqn
+            )
+
+
+@contextmanager
+def _left_unset() -> Iterator[None]:
+    """Within it, new tables are left as they are: TorchRec would fill them, and all are set afterwards."""
+    fill = BaseBatchedEmbeddingBag.init_parameters
+    BaseBatchedEmbeddingBag.init_parameters = lambda tables: None
+    try:
+        yield
+    finally:
+        BaseBatchedEmbeddingBag.init_parameters = fill
 
 
 def _fused_params(section: TablesOptimizer) -> dict[str, Any]:

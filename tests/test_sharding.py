@@ -156,6 +156,13 @@ def test_starting_rows_are_those_of_their_stream(world: World) -> None:
     assert not np.array_equal(block.weights.numpy() * 5, expected)
 
 
+def test_tables_are_not_filled_before_they_are_set(world: World) -> None:
+    job = example_job(run={"sharding": {"user": "row_wise", "item": "table_wise"}})
+    model = shard(build_model(job, SCHEMA, torch.device("cpu")), job, world)
+    # fbgemm's memory is zero; random numbers would be time wasted.
+    assert not any(block.weights.any() for block in local_blocks(model))
+
+
 def test_dense_parameters_are_all_but_the_tables(world: World) -> None:
     job = example_job()
     built = build_model(job, SCHEMA, torch.device("cpu"))
