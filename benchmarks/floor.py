@@ -3,9 +3,9 @@
     python -m benchmarks floor [--repeats 5] [--quick]
 
 One thread, by its processor time. Measured are: products of large square matrices (`gemm`) and of the batched
-shape of the experts' second layer (`bmm`), in GFLOP/s; a copy of 256 MiB, in GB/s read and written; rows of 16
-floats gathered from and written to a table of 1M rows, drawn as the job's ids are, in rows/s. The floor of a
-step of 4096 rows is the time of its products at `gemm`, forward and twice as many backward, and that of its
+shape of the experts' second layer (`bmm`), in GFLOP/s; a copy of 256 MiB, in GB/s read and written; rows of
+16 floats gathered from and written to a table of 1M rows, drawn as the job's ids are, in rows/s. The floor of
+a step of 4096 rows is the time of its products at `gemm`, forward and twice as many backward, and that of its
 tables: forward a row read for each lookup, backward each distinct row read and written, with one number of
 state, which takes a line of memory as well. Nothing in between (activations, losses, dispatch) is counted: no
 step can reach it.
