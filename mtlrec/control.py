@@ -15,12 +15,15 @@ class Control(Protocol):
         """Tell the launcher of a finished checkpoint. Every worker calls it at the same step."""
 
     def should_stop(self) -> bool:
-        """The user asked for an end at the next step. Any rank may hear it."""
+        """The user asked for an end at the next step. Any rank may hear it.
+
+        Asked once a step, and once a batch while data.eval is measured.
+        """
 
     def should_save(self) -> bool:
         """A checkpoint is wanted at the next step (a node is about to go). Any rank may hear it.
 
-        Asked once a step, and answered by yes once for every checkpoint that is wanted.
+        Asked as `should_stop` is, and answered by yes once for every checkpoint that is wanted.
         """
 
 
