@@ -10,7 +10,8 @@ process, its libraries, the reader, the dense part; it is measured first, in the
 share of tables / workers, is the ratio, of the worker that has the most. Each repeat builds everything anew.
 
 `with_copy`: the same while an asynchronous checkpoint is taken and written, once. One copy of its own rows is
-what a worker has by contract then, so that 2 is what can be reached. `ranks`: on how many workers each of the
+what a worker has by contract then, so that 2 is what can be reached. `resumed`: the same from that checkpoint
+on, without another, once. `ranks`: on how many workers each of the
 two large tables lies. `first_step_s`: from the start of training to the first step, the slowest.
 
 The full size takes five minutes, 8 GiB of memory and 3 GiB on the disk; `--quick` 15 s.
@@ -68,7 +69,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             repeats = zip(*(each["growths"] for each in by_rank), strict=True)
             ratios[name] = ratio([max(growths) / share for growths in repeats], MUST, AIM, least=False)
             found[name] = {
-                "with_copy": round(max(each["with_copy"] for each in by_rank) / share, 4),
+                **{
+                    case: round(max(each[case] for each in by_rank) / share, 4)
+                    for case in ("with_copy", "resumed")
+                },
                 "constant_gib": [_gib(each["constant"]) for each in by_rank],
                 "growth_gib": [_gib(statistics.median(each["growths"])) for each in by_rank],
                 "ranks": by_rank[0]["ranks"],
@@ -82,8 +86,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 def peaks(world: Any, runs: list[dict[str, Any]], repeats: int, steps: int) -> Results:
     """In a worker: train `runs`, a small one and a large one, and both again with checkpoints.
 
-    Bytes of the small one's greatest memory, and by how much the large one's was greater: each time, and with
-    a checkpoint.
+    Bytes of the small one's greatest memory, and by how much the large one's was greater: each time, with a
+    checkpoint, and from there on.
     """
     from mtlrec.control import Silent
     from mtlrec.preflight import Run
@@ -117,26 +121,30 @@ def peaks(world: Any, runs: list[dict[str, Any]], repeats: int, steps: int) -> R
             self.asked += 1
             return False
 
-    def peak(number: int) -> tuple[int, Watch]:
+    def peak(run: dict[str, Any], saves: bool = False) -> tuple[int, Watch]:
         gc.collect()
         forget_peak()
-        watch = Watch(saves=number >= 2)
+        watch = Watch(saves)
         with contextlib.suppress(Over):
-            train(Run(**runs[number]), world, watch)
+            train(Run(**run), world, watch)
         return memory("VmHWM"), watch
 
-    constant, _ = peak(0)
+    small, large, small_saving, large_saving = runs
+    constant, _ = peak(small)
     growths, seconds = [], []
     for _ in range(repeats):
-        most, watch = peak(1)
+        most, watch = peak(large)
         growths.append(most - constant)
         seconds.append(watch.first_step_s)
-    before, _ = peak(2)
-    with_copy = peak(3)[0] - before
+    before, _ = peak(small_saving, saves=True)
+    with_copy = peak(large_saving, saves=True)[0] - before
+    before, _ = peak(small | {"url": small_saving["url"]})
+    resumed = peak(large | {"url": large_saving["url"]})[0] - before
     return {
         "constant": constant,
         "growths": growths,
         "with_copy": with_copy,
+        "resumed": resumed,
         "ranks": watch.ranks,
         "seconds": seconds,
     }

@@ -179,6 +179,7 @@ class ZooModel(nn.Module):
         parts = []
         for feature, ids in batch.ids.to_dict().items():
             table = self.tables[self._table_of[feature]]
+            assert isinstance(table, nn.Embedding)
             if len(ids.values()) == len(batch.labels):
                 parts.append(table(ids.values()))
             else:

@@ -12,6 +12,7 @@ def test_the_figures_are_printed() -> None:
     # Tables of 128 MiB, beside which a process's other needs show.
     assert 0.8 < values["min"] <= values["median"] <= values["max"] < 2
     assert 1.5 < rest["with_copy"] < 3
+    assert 0.5 < rest["resumed"] < 2
     assert all(0.1 < gib < 3 for gib in rest["constant_gib"])
     assert rest["first_step_s"] > 0
     assert rest["ranks"] == {"user_id": 1, "item_id": 1}
