@@ -41,6 +41,8 @@ _BAD_CREDENTIALS = (
     "InvalidAccessKeyId",
     "SignatureDoesNotMatch",
     "InvalidToken",
+    "InvalidTokenId",
+    "TokenRefreshRequired",
     "AuthFailure",
     "InvalidClientTokenId",
 )

@@ -52,7 +52,14 @@ _BUSY = {
     "ServiceUnavailable",
 }
 _FAULTS = {"InternalError", "InternalFailure", "RequestTimeout", "IncompleteBody", "BadDigest"}
-_LAPSED = {"ExpiredToken", "TokenRefreshRequired", "InvalidToken", "InvalidAccessKeyId"}
+_LAPSED = {
+    "ExpiredToken",
+    "ExpiredTokenException",
+    "TokenRefreshRequired",
+    "InvalidToken",
+    "InvalidTokenId",
+    "InvalidAccessKeyId",
+}
 """Of credentials that were good until now: there may be others by now, in the AWS files or from the role."""
 _CONFLICTS = {"ConditionalRequestConflict", "OperationAborted"}
 """Two conditional writes have met: another try finds out who was first."""
