@@ -114,7 +114,7 @@ class PatientS3(S3FileSystem):
                         return found
                     translated = translate_boto_error(error)
                     if translated is error:
-                        raise
+                        raise error
                     raise translated from error
                 seconds = time.monotonic() - began
                 wait = patience.wait(retries, seconds)
