@@ -161,8 +161,8 @@ class Metrics:
         if self._groups is not None:
             for array, array_kind in zip(rows, _GROUP_ARRAYS, strict=True):
                 arrays.append(np.asarray(array, array_kind))
-        parts = [_MAGIC, struct.pack("<Q", len(text)), text, *(array.tobytes() for array in arrays)]
-        return b"".join(parts)
+        # Arrays lend their memory: the one copy is the result.
+        return b"".join([_MAGIC, struct.pack("<Q", len(text)), text, *(array.data for array in arrays)])
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Metrics:

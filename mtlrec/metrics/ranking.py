@@ -7,7 +7,7 @@ row is positive or it is not.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +19,10 @@ DEFAULT_K = 10
 NO_LABEL, NEGATIVE, POSITIVE = range(3)
 """What a row is to a task."""
 
-_BLOCK_BITS = 14
-"""Rows are ranked in blocks of about 2**14: what a block needs stays in the cache."""
+BLOCK_BITS = 14
+"""Rows are best ranked in blocks of about 2**14: what a block needs stays in the cache."""
+NUM_SUMS = 7
+"""That `summary` needs."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,9 @@ class Ranked:
     """[G] Index of one of the group's rows."""
 
     def sums(self, part: NDArray[np.int32], num_parts: int) -> NDArray[np.float64]:
-        """[P, 7], for `summary`: sums over the groups of each part. `part` [G]: index of each group's part.
+        """[P, NUM_SUMS], for `summary`: sums over the groups of each part, which add up over parts.
 
-        Of any set of parts the sum of their rows is what they are together.
+        `part` [G]: index of each group's part.
         """
         both = self.positives < self.rows
         weights, in_both = self.rows[both], part[both]
@@ -79,7 +81,8 @@ def summary(sums: NDArray[np.float64], k: int) -> dict[str, float | int | None]:
     """gauc, ndcg@k, recall@k, hit@k, mrr; None where no group counts. `groups`: those with a positive.
 
     gauc (Zhou et al. 2018, Deep Interest Network): mean AUC of the groups with both classes, weighted by
-    their rows. The others: plain means over the groups with a positive. `sums` [7]: as of `Ranked.sums`.
+    their rows. The others: plain means over the groups with a positive. `sums`: as of
+    `Ranked.sums`, of one part.
     """
     groups, weight, area, *others = sums.tolist()
     values: dict[str, float | int | None] = {"gauc": area / weight if weight else None}
@@ -95,12 +98,20 @@ def rank_groups(
     ties: NDArray[np.uint64],
     k: int = DEFAULT_K,
 ) -> Ranked:
-    """`rank_tasks` for one task of which every row has a label; `scores` and `positive` [R]."""
+    """`rank_block` of any number of rows, for one task of which each has a label.
+
+    `scores`, `positive` [R].
+    """
     labels = np.where(positive, POSITIVE, NEGATIVE).astype(np.uint8)
-    return rank_tasks(groups, scores[None], labels[None], ties, k)[0]
+    found = []
+    for rows in _blocks(groups):
+        [block] = rank_block(groups[rows], scores[None, rows], labels[None, rows], ties[rows], k)
+        found.append(replace(block, some_row=rows[block.some_row]))
+    names = [field.name for field in fields(Ranked)]
+    return Ranked(**{name: np.concatenate([getattr(each, name) for each in found]) for name in names})
 
 
-def rank_tasks(
+def rank_block(
     groups: NDArray[np.uint64],
     scores: NDArray[np.float32],
     labels: NDArray[np.uint8],
@@ -117,23 +128,15 @@ def rank_tasks(
     if k < 1:
         raise ValueError(f"k: {k} is below 1")
     discounts = 1 / np.log2(np.arange(2, k + 2))
-    found: list[list[Ranked]] = [[] for _ in scores]
-    for rows in _blocks(groups):
-        group = _number(groups[rows])
-        for blocks, task_scores, task_labels in zip(found, scores, labels, strict=True):
-            blocks.append(_rank(group, task_scores[rows], task_labels[rows], ties, rows, discounts))
-    names = [field.name for field in fields(Ranked)]
-    return [
-        Ranked(**{name: np.concatenate([getattr(block, name) for block in blocks]) for name in names})
-        for blocks in found
-    ]
+    group = _number(groups)
+    return [_rank(group, *task, ties, discounts) for task in zip(scores, labels, strict=True)]
 
 
 def _blocks(groups: NDArray[np.uint64]) -> Iterator[NDArray[np.int64]]:
     """Indices of the rows, cut by the leading bits of their groups: whole groups, hashes rising."""
     # Of sampled groups the first bits are all zero.
     width = int(groups.max(initial=0)).bit_length()
-    bits = min(max(len(groups).bit_length() - _BLOCK_BITS, 0), width, 16)
+    bits = min(max(len(groups).bit_length() - BLOCK_BITS, 0), width, 16)
     # numpy sorts numbers of 16 bits digit by digit.
     block = (groups >> np.uint64(width - bits)).astype(np.uint16)
     order, end = np.argsort(block, kind="stable"), 0
@@ -157,12 +160,9 @@ def _rank(
     scores: NDArray[np.float32],
     labels: NDArray[np.uint8],
     ties: NDArray[np.uint64],
-    rows: NDArray[np.int64],
     discounts: NDArray[np.float64],
 ) -> Ranked:
-    """One task's ranking in a block. `group`, `scores`, `labels`: of its rows, which are `rows` of all;
-    `ties`: of all rows.
-    """
+    """`rank_block` for one task. `group` [R]: number of each row's group."""
     positive = labels == POSITIVE
     positives = np.bincount(group[positive], minlength=int(group.max(initial=-1)) + 1)
     # Where positives are few most groups have none: the others alone are ranked.
@@ -170,8 +170,7 @@ def _rank(
     inside = np.flatnonzero(ranked[group] & (labels != NO_LABEL))
     if len(inside) < len(group):
         positives, renumber = positives[ranked], np.cumsum(ranked) - 1
-        group, scores = renumber[group[inside]], scores[inside]
-        positive, rows = positive[inside], rows[inside]
+        group, scores, positive = renumber[group[inside]], scores[inside], positive[inside]
     sizes = np.bincount(group, minlength=len(positives))
     starts, hit_starts = np.cumsum(sizes) - sizes, np.cumsum(positives) - positives
     hit_group = np.repeat(np.arange(len(positives)), positives)
@@ -198,7 +197,7 @@ def _rank(
         run = np.repeat(np.arange(len(tied)), end - begin)
         at = np.arange(len(run)) + (begin - np.cumsum(end - begin) + end - begin)[run]
         among = order[at]
-        ahead[at] = positive[among[np.lexsort((ties[rows[among]], run))]]
+        ahead[at] = positive[among[np.lexsort((ties[inside[among]], run))]]
         rank = np.flatnonzero(ahead) - starts[hit_group] + 1
 
     k = len(discounts)
@@ -216,7 +215,7 @@ def _rank(
         recall=found / positives,
         hit=(found > 0).astype(np.float64),
         reciprocal_rank=1 / rank[hit_starts],
-        some_row=rows[order[starts]],
+        some_row=inside[order[starts]],
     )
 
 
