@@ -9,7 +9,7 @@ c entries (an item in a scenario) and p distinct positive pairs in what one work
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -162,13 +162,11 @@ def _read_share(
         user, has_user = source.hashes(user_column)
         positive = columns.valid[:, 0] & (columns.labels[:, 0] == 1) & has_item & has_user
         there = np.flatnonzero(has_item)
-        nothing = np.zeros((len(columns), 0))
-        bare = replace(columns, labels=nothing.astype(np.float32), valid=nothing.astype(np.bool_))
         raw = _Found(
             columns.scenario[there],
             item[there],
             positive[there].astype(np.int64),
-            bare.take(there),
+            columns.without_labels().take(there),
             user[positive],
             item[positive],
         )
@@ -216,16 +214,16 @@ def _gather_columns(columns: Columns, world: World) -> Columns:
     """Every rank's rows, which have neither labels nor keys, in rank order."""
     rows = _gather(columns.rows, world)
     width = columns.dense.shape[1]
-    return Columns(
+    return Columns.of(
         rows,
         np.stack([_gather(each, world) for each in columns.ids]),
-        tuple(
+        [
             Lists(
                 offsets_of(_gather(np.diff(each.offsets), world)),
                 _gather(each.values[each.offsets[0] : each.offsets[-1]], world),
             )
             for each in columns.lists
-        ),
+        ],
         _gather(columns.dense.reshape(-1), world).reshape(-1, width)
         if width
         else np.zeros((len(rows), 0), np.float32),

@@ -1,12 +1,13 @@
 """The numpy arrays that windows and batches are cut from. No torch.
 
-R rows, P id features that have one id a row, N dense numbers, T tasks.
+R rows, P id features that have one id a row, K lists, N dense numbers, T tasks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,9 @@ import pyarrow as pa
 
 from mtlrec.data.source import Array
 from mtlrec.schema import IdFeature, Schema
+
+_BLOCK = 2048
+"""Lists gathered at a time: what is computed on the way stays in the cache."""
 
 
 @dataclass(frozen=True)
@@ -27,30 +31,24 @@ class Lists:
 
     def take(self, order: npt.NDArray[np.int64]) -> Lists:
         """The lists in another order: row r is this one's order[r]."""
-        lengths = np.diff(self.offsets)[order]
-        return Lists(*_gather(self.values, self.offsets[:-1][order], lengths))
+        return _gather(self.values, self.offsets[:-1][order], np.diff(self.offsets)[order])
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What the schema needs of R rows."""
+    """What the schema needs of R rows, in few arrays: to cut, shuffle and join them costs by the array."""
 
     rows: npt.NDArray[np.int64]
     """[R]: numbers of the rows in the whole data set."""
     ids: Array
     """int32 or int64 [P, R]: rows of tables, -1 for none; features as in `single_features`."""
+    words: npt.NDArray[np.int32]
+    """[1 + K + N + T, R], or one more with sample weights: the scenario; the lengths of lists; and the bits
+    of float32 for dense numbers, labels (NaN where there is none that counts) and weights."""
     lists: tuple[Lists, ...]
-    """Features as in `list_features`."""
-    dense: npt.NDArray[np.float32]
-    """[R, N], transformed."""
-    labels: npt.NDArray[np.float32]
-    """[R, T]; 0 where there is none."""
-    valid: npt.NDArray[np.bool_]
-    """[R, T]: the row has a label that counts (`given`)."""
-    scenario: npt.NDArray[np.int32]
-    """[R], index into `schema.scenarios`."""
-    weight: npt.NDArray[np.float32] | None = None
-    """[R], sample weights; None: all rows count 1."""
+    """[K]: features as in `list_features`."""
+    num_tasks: int
+    weighted: bool
     user: npt.NDArray[np.int32] | None = None
     """[R], where negatives are drawn: the number that the sampler knows the row's user by, -1 for none."""
     keys: pa.Table | None = None
@@ -59,8 +57,78 @@ class Columns:
     """[R]: the row does not fit the schema: what stands here of it can be computed with, and means nothing.
     None: all rows fit."""
 
+    @classmethod
+    def of(
+        cls,
+        rows: npt.NDArray[np.int64],
+        ids: Array,
+        lists: Sequence[Lists],
+        dense: npt.NDArray[np.float32],
+        labels: npt.NDArray[np.float32],
+        valid: npt.NDArray[np.bool_],
+        scenario: npt.NDArray[np.int32],
+        weight: npt.NDArray[np.float32] | None = None,
+    ) -> Columns:
+        """Of separate arrays: as the fields and properties of their names."""
+        num_rows, num_tasks, weighted = len(rows), labels.shape[1], weight is not None
+        num_words = 1 + len(lists) + dense.shape[1] + num_tasks + weighted
+        words = np.empty((num_words, num_rows), np.int32)
+        found = cls(rows, ids, words, tuple(lists), num_tasks, weighted)
+        words[0] = scenario
+        for each, target in zip(lists, words[1:], strict=False):
+            np.subtract(each.offsets[1:], each.offsets[:-1], out=target, casting="unsafe")
+        numbers = words[1 + len(lists) :].view(np.float32)
+        labels_at = dense.shape[1]
+        numbers[:labels_at] = dense.T
+        numbers[labels_at : labels_at + num_tasks] = labels.T
+        np.copyto(numbers[labels_at : labels_at + num_tasks], np.float32(np.nan), where=~valid.T)
+        if weight is not None:
+            numbers[-1] = weight
+        return found
+
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def scenario(self) -> npt.NDArray[np.int32]:
+        """[R], index into `schema.scenarios`."""
+        return self.words[0]
+
+    @property
+    def numbers(self) -> npt.NDArray[np.float32]:
+        """[N + T, R], or one more: dense numbers, labels, weights."""
+        return self.words[1 + len(self.lists) :].view(np.float32)
+
+    @property
+    def num_dense(self) -> int:
+        return len(self.words) - 1 - len(self.lists) - self.num_tasks - self.weighted
+
+    @property
+    def dense(self) -> npt.NDArray[np.float32]:
+        """[R, N], transformed."""
+        return self.numbers[: self.num_dense].T
+
+    @property
+    def valid(self) -> npt.NDArray[np.bool_]:
+        """[R, T]: the row has a label that counts (`given`)."""
+        return ~np.isnan(self.targets).T
+
+    @property
+    def labels(self) -> npt.NDArray[np.float32]:
+        """[R, T]; 0 where there is none."""
+        found = self.targets.T.copy()
+        found[np.isnan(found)] = 0
+        return found
+
+    @property
+    def targets(self) -> npt.NDArray[np.float32]:
+        """[T, R]: labels, NaN where there is none that counts."""
+        return self.numbers[self.num_dense : self.num_dense + self.num_tasks]
+
+    @property
+    def weight(self) -> npt.NDArray[np.float32] | None:
+        """[R], sample weights; None: all rows count 1."""
+        return self.numbers[-1] if self.weighted else None
 
     def good(self) -> Columns:
         """Without the rows that do not fit."""
@@ -68,41 +136,45 @@ class Columns:
             return self
         return replace(self.take(np.flatnonzero(~self.bad)), bad=None)
 
+    def without_labels(self) -> Columns:
+        """Of no task."""
+        after = len(self.words) - self.weighted
+        words = np.delete(self.words, range(after - self.num_tasks, after), axis=0)
+        return replace(self, words=words, num_tasks=0)
+
     def slice(self, begin: int, end: int) -> Columns:
         """Rows [begin, end), as views."""
-        return Columns(
-            self.rows[begin:end],
-            self.ids[:, begin:end],
-            tuple(Lists(lists.offsets[begin : end + 1], lists.values) for lists in self.lists),
-            self.dense[begin:end],
-            self.labels[begin:end],
-            self.valid[begin:end],
-            self.scenario[begin:end],
-            None if self.weight is None else self.weight[begin:end],
-            None if self.user is None else self.user[begin:end],
-            None if self.keys is None else self.keys.slice(begin, end - begin),
-            None if self.bad is None else self.bad[begin:end],
+        return replace(
+            self,
+            rows=self.rows[begin:end],
+            ids=self.ids[:, begin:end],
+            words=self.words[:, begin:end],
+            lists=tuple(Lists(lists.offsets[begin : end + 1], lists.values) for lists in self.lists),
+            user=None if self.user is None else self.user[begin:end],
+            keys=None if self.keys is None else self.keys.slice(begin, end - begin),
+            bad=None if self.bad is None else self.bad[begin:end],
         )
 
     def take(self, order: npt.NDArray[np.int64]) -> Columns:
         """A copy in another order: row r is this one's order[r]."""
-        ids = np.empty((len(self.ids), len(order)), self.ids.dtype)
-        for source, target in zip(self.ids, ids, strict=True):
-            # Without mode, take with an output goes through a buffer: several times as slow.
-            np.take(source, order, out=target, mode="clip")
-        return Columns(
-            self.rows[order],
-            ids,
-            tuple(lists.take(order) for lists in self.lists),
-            self.dense.take(order, axis=0),
-            self.labels.take(order, axis=0),
-            self.valid.take(order, axis=0),
-            self.scenario[order],
-            None if self.weight is None else self.weight[order],
-            None if self.user is None else self.user[order],
-            None if self.keys is None else self.keys.take(pa.array(order)),
-            None if self.bad is None else self.bad[order],
+        return replace(
+            self,
+            rows=self.rows.take(order, mode="clip"),
+            ids=self.ids.take(order, axis=1, mode="clip"),
+            words=self.words.take(order, axis=1, mode="clip"),
+            lists=tuple(lists.take(order) for lists in self.lists),
+            user=None if self.user is None else self.user[order],
+            keys=None if self.keys is None else self.keys.take(pa.array(order)),
+            bad=None if self.bad is None else self.bad[order],
         )
+
+
+class Cut(NamedTuple):
+    """Rows [begin, end) of some columns."""
+
+    columns: Columns
+    begin: int
+    end: int
 
 
 def single_features(schema: Schema) -> tuple[IdFeature, ...]:
@@ -121,44 +193,58 @@ def column_names(schema: Schema, labels: bool, keys: Sequence[str]) -> list[str]
 
 def join(parts: Sequence[Columns]) -> Columns:
     """Several parts, one after the other; at least one."""
-    if len(parts) == 1:
-        return parts[0]
+    return join_cuts([Cut(part, 0, len(part)) for part in parts])
+
+
+def join_cuts(cuts: Sequence[Cut]) -> Columns:
+    """Several parts, one after the other; at least one."""
+    first = cuts[0].columns
+    if len(cuts) == 1:
+        return first.slice(cuts[0].begin, cuts[0].end)
+    words = np.concatenate([columns.words[:, begin:end] for columns, begin, end in cuts], axis=1)
     lists = []
-    for same in zip(*(part.lists for part in parts), strict=True):
-        lengths = np.concatenate([np.diff(each.offsets) for each in same])
-        values = np.concatenate([each.values[each.offsets[0] : each.offsets[-1]] for each in same])
-        lists.append(Lists(offsets_of(lengths), values))
+    for number in range(len(first.lists)):
+        values = []
+        for columns, begin, end in cuts:
+            each = columns.lists[number]
+            values.append(each.values[each.offsets[begin] : each.offsets[end]])
+        lists.append(Lists(offsets_of(words[1 + number]), np.concatenate(values)))
     return Columns(
-        np.concatenate([part.rows for part in parts]),
-        np.concatenate([part.ids for part in parts], axis=1),
+        np.concatenate([columns.rows[begin:end] for columns, begin, end in cuts]),
+        np.concatenate([columns.ids[:, begin:end] for columns, begin, end in cuts], axis=1),
+        words,
         tuple(lists),
-        np.concatenate([part.dense for part in parts]),
-        np.concatenate([part.labels for part in parts]),
-        np.concatenate([part.valid for part in parts]),
-        np.concatenate([part.scenario for part in parts]),
-        _join([part.weight for part in parts]),
-        _join([part.user for part in parts]),
-        None if parts[0].keys is None else join_keys([part.keys for part in parts]),
-        join_bad(parts),
+        first.num_tasks,
+        first.weighted,
+        None if first.user is None else np.concatenate([_user(cut) for cut in cuts]),
+        None if first.keys is None else _join_keys(cuts),
+        _join_bad(cuts),
     )
 
 
-def join_keys(tables: Sequence[pa.Table | None]) -> pa.Table:
-    """Tables of keys, one after the other; at least one, none None."""
+def _user(cut: Cut) -> npt.NDArray[np.int32]:
+    assert cut.columns.user is not None, "either all parts know users or none does"
+    return cut.columns.user[cut.begin : cut.end]
+
+
+def _join_keys(cuts: Sequence[Cut]) -> pa.Table:
+    tables = []
+    for columns, begin, end in cuts:
+        assert columns.keys is not None, "either all parts have keys or none does"
+        tables.append(columns.keys.slice(begin, end - begin))
     # Where a row group could not be read, nulls stand in a column that is elsewhere of the file's type.
     return pa.concat_tables(tables, promote_options="permissive")
 
 
-def _join(parts: Sequence[Array | None]) -> Array | None:
-    known = [part for part in parts if part is not None]
-    return np.concatenate(known) if known else None
-
-
-def join_bad(parts: Sequence[Columns]) -> npt.NDArray[np.bool_] | None:
-    """Which rows of the parts, one after the other, do not fit; None where all do."""
-    if all(part.bad is None for part in parts):
+def _join_bad(cuts: Sequence[Cut]) -> npt.NDArray[np.bool_] | None:
+    if all(columns.bad is None for columns, _, _ in cuts):
         return None
-    return np.concatenate([np.zeros(len(part), np.bool_) if part.bad is None else part.bad for part in parts])
+    return np.concatenate(
+        [
+            np.zeros(end - begin, np.bool_) if columns.bad is None else columns.bad[begin:end]
+            for columns, begin, end in cuts
+        ]
+    )
 
 
 def offsets_of(lengths: Array) -> npt.NDArray[np.int64]:
@@ -175,5 +261,13 @@ def span_index(starts: Array, lengths: Array) -> npt.NDArray[np.int64]:
     return index
 
 
-def _gather(values: Array, starts: Array, lengths: Array) -> tuple[npt.NDArray[np.int64], Array]:
-    return offsets_of(lengths), values.take(span_index(starts, lengths), mode="clip")
+def _gather(values: Array, starts: Array, lengths: Array) -> Lists:
+    """The spans [starts[i], starts[i] + lengths[i]) of `values`, one after the other."""
+    offsets = offsets_of(lengths)
+    found = np.empty(offsets[-1], values.dtype)
+    for begin in range(0, len(lengths), _BLOCK):
+        block = slice(begin, begin + _BLOCK)
+        index = span_index(starts[block], lengths[block])
+        # Without mode, take with an output goes through a buffer: several times as slow.
+        np.take(values, index, out=found[offsets[begin] : offsets[begin] + len(index)], mode="clip")
+    return Lists(offsets, found)

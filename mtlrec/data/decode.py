@@ -6,6 +6,7 @@ R rows, N dense numbers, T tasks. docs/data.md has the rules for nulls and for v
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -60,7 +61,7 @@ def build_columns(
             _bucket(source, feature, target)
         else:
             _id(source, feature, schema.table_of[feature.table], vocabularies, target)
-    dense = np.zeros((num_rows, schema.dense_width), np.float32)
+    dense = np.zeros((schema.dense_width, num_rows), np.float32).T
     for number in schema.dense_features:
         (_number if number.source == "number" else _vector)(source, number, dense)
     if labels:
@@ -69,17 +70,18 @@ def build_columns(
         label = np.zeros((num_rows, len(schema.tasks)), np.float32)
         valid = np.zeros(label.shape, np.bool_)
     weighted = schema.weight_column if labels else None
-    return Columns(
+    columns = Columns.of(
         np.arange(first_row, first_row + num_rows, dtype=np.int64),
         ids,
-        tuple(
-            _lists(source, each, schema.table_of[each.table], vocabularies) for each in list_features(schema)
-        ),
+        [_lists(source, each, schema.table_of[each.table], vocabularies) for each in list_features(schema)],
         dense,
         label,
         valid,
         scenario,
-        weight=None if weighted is None else read_weight(source, weighted),
+        None if weighted is None else read_weight(source, weighted),
+    )
+    return replace(
+        columns,
         keys=_plain(table.select(list(keys))) if keys else None,
         bad=None if bad is None or not bad.misfits else bad.mask,
     )
@@ -91,18 +93,21 @@ def unreadable_columns(
     """`build_columns` of a row group that cannot be read: every row is bad."""
     singles = [schema.table_of[each.table] for each in single_features(schema)]
     tasks = len(schema.tasks)
-    return Columns(
+    columns = Columns.of(
         np.arange(first_row, first_row + num_rows, dtype=np.int64),
         np.full((len(singles), num_rows), -1, _index_type(singles)),
-        tuple(
+        [
             Lists(np.zeros(num_rows + 1, np.int64), np.zeros(0, _index_type([schema.table_of[each.table]])))
             for each in list_features(schema)
-        ),
+        ],
         np.zeros((num_rows, schema.dense_width), np.float32),
         np.zeros((num_rows, tasks), np.float32),
         np.zeros((num_rows, tasks), np.bool_),
         np.zeros(num_rows, np.int32),
-        weight=np.zeros(num_rows, np.float32) if labels and schema.weight_column is not None else None,
+        np.zeros(num_rows, np.float32) if labels and schema.weight_column is not None else None,
+    )
+    return replace(
+        columns,
         keys=pa.table({name: pa.nulls(num_rows) for name in keys}) if keys else None,
         bad=np.ones(num_rows, np.bool_),
     )

@@ -85,7 +85,7 @@ def to_rows(hashes: npt.NDArray[np.uint64], rows: int) -> npt.NDArray[np.int64]:
 
 
 def hash_into(values: npt.NDArray[np.integer], rows: int, target: npt.NDArray[Any]) -> None:
-    """What `rows_of(values, rows, "hash")` gives, into `target`: int32, where rows are few enough, or int64."""
+    """What `rows_of(values, rows, "hash")` gives, into `target`: int32 or, where rows need it, int64."""
     if _are_small(values):
         target[:] = _rows_of_small(rows).take(values, mode="clip")
         return

@@ -25,8 +25,9 @@ def read_labels(source: Source, tasks: Sequence[Task]) -> tuple[Floats, Valid]:
 
     Refuses an infinite label, and one of a binary or pairwise task beside 0 and 1.
     """
-    labels = np.zeros((len(source), len(tasks)), np.float32)
-    valid = np.zeros((len(source), len(tasks)), np.bool_)
+    # Of each task its own stretch of memory.
+    labels = np.zeros((len(tasks), len(source)), np.float32).T
+    valid = np.zeros((len(tasks), len(source)), np.bool_).T
     for index, task in enumerate(tasks):
         _label(source, task, labels[:, index], valid[:, index])
     keep_given(tasks, labels, valid)

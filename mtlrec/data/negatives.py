@@ -164,13 +164,13 @@ class Sampler:
         replaced = dict(zip(self._lists, catalogue.lists, strict=True))
         return (
             present,
-            Columns(
+            Columns.of(
                 columns.rows[at],
                 ids,
-                tuple(
+                [
                     replaced[number].take(entries) if number in replaced else each.take(at)
                     for number, each in enumerate(columns.lists)
-                ),
+                ],
                 dense,
                 np.zeros((len(at), 0), np.float32),
                 np.zeros((len(at), 0), np.bool_),

@@ -20,7 +20,7 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mtlrec.batch import Batch
-from mtlrec.data.columns import Columns, join, join_bad, join_keys
+from mtlrec.data.columns import Columns, Cut, join_cuts
 from mtlrec.data.negatives import Sampler
 from mtlrec.data.order import Position, advance, check_position, lane_rows, steps_left, stride, worker_lanes
 from mtlrec.data.quarantine import Quarantine
@@ -31,6 +31,8 @@ from mtlrec.job.errors import InputError
 from mtlrec.schema import Schema
 
 _Array = npt.NDArray[Any]
+_Part = tuple[Columns, slice | _Array]
+"""Rows, and their places among the M, rising."""
 
 _JOIN_S = 10.0
 
@@ -110,9 +112,10 @@ class Reader:
             weighted=labels and schema.weight_column is not None,
             keys=tuple(keys),
             negatives=negatives,
+            keep_bad=keep_bad,
             pin_memory=pin_memory,
         )
-        steps = _Steps(windows, served, self._rows, self._rows_per_step, position, epochs, keep_bad)
+        steps = _Steps(windows, served, self._rows, self._rows_per_step, position, epochs)
         self._windows, self._ready = windows, _Ready(ahead)
         # The threads do not know the reader, so that it stops when it is dropped without being closed.
         self._thread = threading.Thread(
@@ -168,8 +171,8 @@ def _stop(windows: Windows, ready: _Ready) -> None:
 def _build_ahead(steps: _Steps, builder: _Builder, first_step: int, ready: _Ready) -> None:
     failure: BaseException | None = None
     try:
-        for step, (parts, position) in enumerate(steps, first_step):
-            if not ready.put(builder.build(parts, position, step)):
+        for step, (cuts, position) in enumerate(steps, first_step):
+            if not ready.put(builder.build(cuts, position, step)):
                 return
     except BaseException as error:
         failure = error
@@ -232,20 +235,18 @@ class _Steps:
         rows_per_step: int,
         position: Position,
         epochs: int,
-        keep_bad: bool,
     ) -> None:
-        self._keep_bad = keep_bad
         self._windows, self._served, self._rows, self._rows_per_step = windows, served, rows, rows_per_step
         self._position, self._epochs = position, epochs
 
-    def __iter__(self) -> Iterator[tuple[list[Columns], Position]]:
+    def __iter__(self) -> Iterator[tuple[list[Cut], Position]]:
         position = self._position
         windows: dict[int, tuple[Columns, int]] = {}  # of each lane, and how many of its rows are used
         while position.epoch < self._epochs:
             if steps_left(self._rows, position.done, self._rows_per_step) == 0:
                 position = advance(position, self._rows, self._rows_per_step)
                 continue
-            parts = []
+            cuts = []
             for lane in self._served:
                 missing = min(self._rows_per_step, self._rows[lane] - position.done[lane])
                 while missing:
@@ -258,15 +259,12 @@ class _Steps:
                         windows[lane] = columns, fill.done
                     columns, used = windows.pop(lane)
                     end = min(used + missing, len(columns))
-                    part = columns.slice(used, end)
-                    part = part if self._keep_bad else part.good()
-                    if len(part):
-                        parts.append(part)
+                    cuts.append(Cut(columns, used, end))
                     missing -= end - used
                     if end < len(columns):
                         windows[lane] = columns, end
             position = advance(position, self._rows, self._rows_per_step)
-            yield parts, position
+            yield cuts, position
 
 
 class _Builder:
@@ -280,88 +278,99 @@ class _Builder:
         weighted: bool,
         keys: tuple[str, ...],
         negatives: Sampler | None,
+        keep_bad: bool,
         pin_memory: bool,
     ) -> None:
         self._stride, self._weighted, self._keys, self._pin_memory = stride, weighted, keys, pin_memory
-        self._negatives = negatives
+        self._negatives, self._keep_bad = negatives, keep_bad
         self._model_rows = stride * (1 + (negatives.per_positive if negatives is not None else 0))
         self._names = [feature.name for feature in schema.id_features]
         self._is_list = [feature.source == "id_list" for feature in schema.id_features]
         self._num_dense, self._num_tasks = schema.dense_width, len(schema.tasks)
 
-    def build(self, parts: Sequence[Columns], position: Position, step: int) -> Batch:
-        """parts: at most S rows in all, in their order. position: behind this batch. step: of the run."""
-        num_rows = sum(len(part) for part in parts)
-        drawn: list[Columns] = []
-        present = behind = None
+    def build(self, cuts: Sequence[Cut], position: Position, step: int) -> Batch:
+        """cuts: at most S rows in all, in their order. position: behind this batch. step: of the run."""
+        whole = self._join(cuts)
+        num_rows = 0 if whole is None else len(whole)
+        parts: list[_Part] = [] if whole is None else [(whole, slice(0, num_rows))]
+        present = None
         if self._negatives is not None:
             present = np.zeros((self._stride, self._negatives.per_positive), np.bool_)
-            if parts:
-                parts = [join(parts)]
-                present[:num_rows], negatives = self._negatives.negatives_of(parts[0], step)
-                drawn = [negatives]
-            behind = self._stride + np.flatnonzero(present)
-        dense = self._padded(
-            [part.dense for part in parts], np.float32, self._num_dense, rows=self._model_rows
-        )
-        scenario = self._padded([part.scenario for part in parts], np.int64, rows=self._model_rows)
-        for each in drawn:
-            dense[behind], scenario[behind] = each.dense, each.scenario
-        places = slice(0, num_rows) if behind is None else np.concatenate([np.arange(num_rows), behind])
-        weight = [part.weight for part in parts if part.weight is not None]
+            if whole is not None:
+                present[:num_rows], drawn = self._negatives.negatives_of(whole, step)
+                parts.append((drawn, self._stride + np.flatnonzero(present)))
+        dense = np.zeros((self._model_rows, self._num_dense), np.float32)
+        scenario = np.zeros(self._model_rows, np.int64)
+        for columns, places in parts:
+            scenario[places] = columns.scenario
+            # Number by number: numpy copies a row of three numbers no faster than one of a hundred.
+            for source, target in zip(columns.dense.T, dense.T, strict=True):
+                target[places] = source
+        labels = np.zeros((self._stride, self._num_tasks), np.float32)
+        valid = np.zeros((self._stride, self._num_tasks), np.bool_)
+        rows = np.full(self._stride, -1, np.int64)
+        weight = np.zeros(self._stride, np.float32) if self._weighted else None
+        if whole is not None:
+            rows[:num_rows] = whole.rows
+            for task, targets in enumerate(whole.targets):
+                known = np.isfinite(targets)
+                valid[:num_rows, task] = known
+                np.copyto(labels[:num_rows, task], targets, where=known)
+            if weight is not None:
+                weight[:num_rows] = whole.weight
         return Batch(
-            ids=self._jagged([*parts, *drawn], places),
+            ids=self._jagged(parts),
             dense=self._tensor(dense),
-            labels=self._tensor(self._padded([part.labels for part in parts], np.float32, self._num_tasks)),
-            valid=self._tensor(self._padded([part.valid for part in parts], np.bool_, self._num_tasks)),
+            labels=self._tensor(labels),
+            valid=self._tensor(valid),
             scenario=self._tensor(scenario),
-            rows=torch.from_numpy(self._padded([part.rows for part in parts], np.int64, padding=-1)),
+            rows=torch.from_numpy(rows),
             num_rows=num_rows,
             position=position,
             step=step,
-            weight=self._tensor(self._padded(weight, np.float32)) if self._weighted else None,
+            weight=None if weight is None else self._tensor(weight),
             negatives=None if present is None else self._tensor(present),
-            keys=self._key_table(parts) if self._keys else None,
-            bad=join_bad(parts),
+            keys=self._key_table(whole) if self._keys else None,
+            bad=None if whole is None else whole.bad,
         )
 
-    def _padded(
-        self, parts: Sequence[_Array], dtype: Any, *width: int, padding: int = 0, rows: int | None = None
-    ) -> _Array:
-        """The parts one after the other, then padding, to S rows or as many as are given."""
-        whole = np.empty((rows or self._stride, *width), dtype)
-        num_rows = sum(len(part) for part in parts)
-        if parts:
-            np.concatenate(parts, out=whole[:num_rows])
-        whole[num_rows:] = padding
-        return whole
+    def _join(self, cuts: Sequence[Cut]) -> Columns | None:
+        """The rows of a batch, or None where there are none."""
+        if not cuts:
+            return None
+        whole = join_cuts(cuts)
+        if not self._keep_bad:
+            whole = whole.good()
+        return whole if len(whole) else None
 
-    def _jagged(self, parts: Sequence[Columns], places: slice | _Array) -> KeyedJaggedTensor:
+    def _jagged(self, parts: Sequence[_Part]) -> KeyedJaggedTensor:
         """Values of feature 0 for all rows, then of feature 1, and so on; lengths [F * M] likewise.
 
-        places: of the parts' rows among the M, rising; the others have no ids.
+        Rows that no part has have no ids.
         """
-        num_rows = sum(len(part) for part in parts)
-        single = np.empty((len(self._is_list) - sum(self._is_list), num_rows), np.int64)
-        if parts:
-            np.concatenate([part.ids for part in parts], axis=1, out=single)
-        present = single >= 0
-        complete: _Array = np.logical_and.reduce(present, axis=1)
+        least = [columns.ids.min(axis=1, initial=0) for columns, _ in parts]
         lengths = np.zeros((len(self._is_list), self._model_rows), np.int32)
         pieces: list[_Array] = []
+        per_feature: list[int] = []
         next_single = next_list = 0
         for target, is_list in zip(lengths, self._is_list, strict=True):
-            if not is_list:
-                ids, has = single[next_single], present[next_single]
-                target[places] = has
-                pieces.append(ids if complete[next_single] else ids[has])
-                next_single += 1
-            elif parts:
-                lists = [part.lists[next_list] for part in parts]
-                target[places] = np.concatenate([np.diff(each.offsets) for each in lists])
-                pieces += [each.values[each.offsets[0] : each.offsets[-1]] for each in lists]
-                next_list += 1
-        values = np.empty(sum(len(piece) for piece in pieces), np.int64)
+            before = len(pieces)
+            for (columns, places), lowest in zip(parts, least, strict=True):
+                if is_list:
+                    lists = columns.lists[next_list]
+                    target[places] = np.diff(lists.offsets)
+                    pieces.append(lists.values[lists.offsets[0] : lists.offsets[-1]])
+                elif lowest[next_single] >= 0:
+                    target[places] = 1
+                    pieces.append(columns.ids[next_single])
+                else:
+                    ids = columns.ids[next_single]
+                    present = ids >= 0
+                    target[places] = present
+                    pieces.append(ids[present])
+            next_list, next_single = next_list + is_list, next_single + (not is_list)
+            per_feature.append(sum(len(piece) for piece in pieces[before:]))
+        values = np.empty(sum(per_feature), np.int64)
         if pieces:
             np.concatenate(pieces, out=values)
         return KeyedJaggedTensor(
@@ -369,11 +378,14 @@ class _Builder:
             values=self._tensor(values),
             lengths=self._tensor(lengths.reshape(-1)),
             stride=self._model_rows,
+            # TorchRec would add up the lengths, and on CUDA wait for the sums.
+            length_per_key=per_feature,
         )
 
-    def _key_table(self, parts: Sequence[Columns]) -> pa.Table:
-        tables = [part.keys for part in parts]
-        return join_keys(tables) if tables else pa.table({name: pa.nulls(0) for name in self._keys})
+    def _key_table(self, whole: Columns | None) -> pa.Table:
+        if whole is None:
+            return pa.table({name: pa.nulls(0) for name in self._keys})
+        return whole.keys
 
     def _tensor(self, array: _Array) -> torch.Tensor:
         tensor = torch.from_numpy(array)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from mtlrec.data.columns import Columns, column_names, join
+from mtlrec.data.columns import Columns, Cut, column_names, join_cuts
 from mtlrec.data.decode import build_columns, unreadable_columns
 from mtlrec.data.negatives import Sampler
 from mtlrec.data.order import (
@@ -166,16 +166,16 @@ class Windows:
         return build_lanes(self._dataset.group_rows, order, self._num_lanes)
 
     def _fill(self, fill: Fill, lane: Lane) -> Columns:
-        parts, group = [], None
+        cuts, group = [], None
         for segment in lane.cut(fill.begin, fill.end):
             group = self._groups.get(segment.group)
             with group.lock:
                 if group.columns is None:
                     group.columns = self._read(segment.group)
-            parts.append(group.columns.slice(segment.begin, segment.end))
+            cuts.append(Cut(group.columns, segment.begin, segment.end))
         # The lane's next window goes on in the group where this one ends.
         self._groups.hold(fill, group if fill.end < lane.rows else None)
-        columns = join(parts)
+        columns = join_cuts(cuts)
         if not self._shuffle:
             return columns
         return columns.take(
