@@ -146,6 +146,26 @@ def test_bytes_make_the_round_trip(seed: int, rows: int, cap: int) -> None:
             Metrics.from_bytes(broken)
 
 
+def test_many_rows_are_ranked_block_by_block() -> None:
+    rows = Rows(seed=5, rows=150_000, users=9000)
+    # One user has as many rows as several blocks.
+    rows.users[:60_000] = rows.users[0]
+    parts = [rows.feed(grouped(), slice(begin, begin + 40_000)) for begin in range(0, 150_000, 40_000)]
+    for part in parts[1:]:
+        parts[0].merge(Metrics.from_bytes(part.to_bytes()))
+    result, whole = parts[0].result(), rows.feed(grouped()).result()
+    for s, name in enumerate(SCENARIOS[:2]):
+        assert [result[name]["click"][key] for key in RANKING] == [
+            whole[name]["click"][key] for key in RANKING
+        ]
+        here = (rows.scenario == s) & rows.valid[:, 2] & (rows.users != NO_GROUP)
+        expected = rank_groups(
+            rows.users[here], rows.outputs[here, 2], rows.labels[here, 2] > 0, rows.ties[here]
+        ).summary(10)
+        found = result[name]["choice"]
+        assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-12)
+
+
 def test_beyond_the_cap_whole_groups_are_sampled() -> None:
     rows = Rows(seed=2, rows=60_000, users=6000)
     exact = rows.feed(grouped()).result()["all"]["click"]

@@ -114,6 +114,18 @@ def test_scores_that_differ_in_their_last_bits_are_told_apart() -> None:
         assert found["gauc"] == (63 - at) / 63
 
 
+def test_groups_that_differ_in_their_last_bits_are_told_apart() -> None:
+    random = np.random.default_rng(2)
+    # The index of a row takes the place of those bits at first.
+    hashes = np.array([1, 2, 2**63, 2**63 + 1, 2**64 - 1], np.uint64)
+    groups = random.integers(0, 5, 300)
+    scores, positive = random.normal(size=300).astype(np.float32), random.random(300) < 0.3
+    ties = np.arange(300, dtype=np.uint64)
+    found = rank_groups(hashes[groups], scores, positive, ties, 3).summary(3)
+    expected = plain(groups.tolist(), scores.tolist(), positive.tolist(), ties.tolist(), 3)
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
 def test_k_must_be_positive() -> None:
     empty = np.zeros(0, np.uint64)
     with pytest.raises(ValueError, match="below 1"):
