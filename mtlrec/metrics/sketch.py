@@ -49,9 +49,9 @@ class ScoreSketch:
         """Add rows by the `score_keys` of the positive and of the negative ones; the arrays are kept."""
         self._pending.append((positive, negative))
         self._pending_rows += len(positive) + len(negative)
-        # Waiting for rows in proportion to what is held keeps the cost of a row independent of K; four times
-        # as many take about the memory of the state itself.
-        if self._pending_rows >= max(_LEAST_PENDING, 4 * len(self._counts[0])):
+        # Waiting for rows in proportion to what may be held keeps the cost of a row independent of it; four
+        # times as many take about the memory of the state itself.
+        if self._pending_rows >= max(_LEAST_PENDING, 4 * self.cap):
             self._settle()
 
     def merge(self, *others: ScoreSketch) -> None:
@@ -101,17 +101,21 @@ class ScoreSketch:
         """Bring the pending rows into the sorted state."""
         if not self._pending:
             return
-        parts: list[_Counts] = []
-        for side in (0, 1):
-            keys = np.concatenate([pending[side] for pending in self._pending])
-            if self._shift:
-                keys >>= np.uint32(self._shift)
+        sides = [np.concatenate(side) for side in zip(*self._pending, strict=True)]
+        self._pending, self._pending_rows = [], 0
+        for keys in sides:
+            keys >>= np.uint32(self._shift)
             keys.sort()
+        # What one side alone has to give up, all have to: it need not be merged first.
+        bits = max(_bits_to_drop(keys, self.cap) for keys in sides)
+        self._raise_shift(self._shift + bits)
+        parts: list[_Counts] = []
+        for keys in sides:
+            keys >>= np.uint32(bits)
             starts = _run_starts(keys)
             rows = np.diff(starts, append=len(keys))
             none = np.zeros(len(rows), np.int64)
-            parts.append((keys[starts], none, rows) if side else (keys[starts], rows, none))
-        self._pending, self._pending_rows = [], 0
+            parts.append((keys[starts], none, rows) if parts else (keys[starts], rows, none))
         self._add(*parts)
 
     def _add(self, *parts: _Counts) -> None:
@@ -160,7 +164,7 @@ def _run_starts(ordered: NDArray[np.uint32]) -> NDArray[np.int64]:
 
 
 def _bits_to_drop(keys: NDArray[np.uint32], cap: int) -> int:
-    """The least number of low bits without which at most `cap` of the increasing `keys` stay distinct."""
+    """The least number of low bits without which at most `cap` of the sorted `keys` are distinct."""
     if len(keys) <= cap:
         return 0
     # Neighbours stay distinct after a shift by n if they differ in bit n or above.
