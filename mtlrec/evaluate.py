@@ -12,7 +12,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
@@ -24,6 +23,7 @@ from mtlrec.data.order import Position, rows_between
 from mtlrec.data.quarantine import NOTHING, Counts, Earlier, Quarantine, open_dataset, told
 from mtlrec.data.reader import Reader
 from mtlrec.data.shards import Dataset
+from mtlrec.data.source import Source
 from mtlrec.data.vocabulary import Vocabulary
 from mtlrec.distributed import World, all_gather_bytes, combine_bytes, gather_bytes
 from mtlrec.lockstep import Listener, in_step, together
@@ -247,17 +247,14 @@ def _user_column(schema: Schema) -> str | None:
 
 def _user_hashes(batch: Batch, column: str) -> NDArray[np.uint64]:
     """The hash of each row's raw user id, [num_rows]: of the id, not of its row, which users may share."""
-    users = np.full(batch.num_rows, NO_GROUP)
     if batch.num_rows == 0:
-        return users
+        return np.zeros(0, np.uint64)
     assert batch.keys is not None
-    ids = batch.keys[column].combine_chunks()
-    present = ids.is_valid().to_numpy(zero_copy_only=False)
-    ids = ids.drop_null()
-    if not pa.types.is_integer(ids.type):
-        ids = ids.dictionary_encode()  # each distinct text is hashed once
+    hashes, present = Source(batch.keys, "").hashes(column)
     # One id in 2**64 has the hash that stands for no user.
-    users[present] = np.maximum(hash_ids(ids), NO_GROUP + np.uint64(1))
+    users = np.maximum(hashes, NO_GROUP + np.uint64(1))
+    if not present.all():
+        users[~present] = NO_GROUP
     return users
 
 
