@@ -71,6 +71,26 @@ class Shard:
         return sum(self.groups)
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """Some columns of one file."""
+
+    leaves: list[int]
+    """Numbers of their leaf columns."""
+    text: list[str]
+    """Paths of the leaves that are read as dictionaries."""
+    dictionaries: list[str]
+    """The columns that have those."""
+
+
+@dataclass
+class _Footer:
+    """Of one file, parsed, and what was asked of it: most reads are of the same columns as the one before."""
+
+    metadata: pq.FileMetaData
+    wanted: dict[tuple[str, ...], _Wanted] = field(default_factory=dict)
+
+
 @dataclass
 class Dataset:
     """Shards with their row groups numbered through. Reading is safe from several threads."""
@@ -92,7 +112,7 @@ class Dataset:
     """Arrow type of each column that was asked for, as the first shard has it."""
     id_kinds: dict[str, str]
     """Of each column of ids that was asked for: "integers", or "strings or binary"."""
-    _footers: OrderedDict[int, pq.FileMetaData] = field(default_factory=OrderedDict, repr=False)
+    _footers: OrderedDict[int, _Footer] = field(default_factory=OrderedDict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @classmethod
@@ -221,18 +241,14 @@ class Dataset:
         number, index = int(self.group_shard[group]), int(self.group_index[group])
         shard = self.shards[number]
         try:
-            footer = self._footer(number)
-            schema = column_types.arrow_schema(footer, shard.url)
-            for column in columns:
-                column_types.find(schema, shard.url, column)
-            leaves, text = column_types.leaves_of(footer, schema, set(columns))
-            ranges = [] if storage.local_path(shard.url) else _ranges(footer.row_group(index), leaves)
+            footer, wanted = self._wanted(number, columns)
+            ranges = [] if storage.local_path(shard.url) else _ranges(footer.row_group(index), wanted.leaves)
             with (
                 storage.open_parquet_input(shard.url, ranges, shard.size, shard.version) as source,
                 pq.ParquetFile(
                     source,
                     metadata=footer,
-                    read_dictionary=text,
+                    read_dictionary=wanted.text,
                     page_checksum_verification=True,
                 ) as file,
             ):
@@ -245,8 +261,8 @@ class Dataset:
             if _is_of_the_machine(error):
                 raise InputError(f"{shard.url}: row group {index} cannot be read: {error}") from error
             raise Unreadable(shard.url, f"row group {index} is corrupt: {error}; replace the file") from error
-        problem = f"{table.num_rows} rows" if table.num_rows != shard.groups[index] else _wild_index(table)
-        if problem:
+        problem = f"{table.num_rows} rows" if table.num_rows != shard.groups[index] else ""
+        if problem := problem or _wild_index(table, wanted.dictionaries):
             raise Unreadable(shard.url, f"row group {index} is corrupt: {problem}; replace the file")
         return table
 
@@ -254,10 +270,25 @@ class Dataset:
         """What `read_group` gives, of no row: for a row group that cannot be read."""
         number = int(self.group_shard[group])
         url = self.shards[number].url
-        schema = column_types.arrow_schema(self._footer(number), url)
+        schema = column_types.arrow_schema(self._footer(number).metadata, url)
         return pa.schema([column_types.find(schema, url, column) for column in columns]).empty_table()
 
-    def _footer(self, number: int) -> pq.FileMetaData:
+    def _wanted(self, number: int, columns: Sequence[str]) -> tuple[pq.FileMetaData, _Wanted]:
+        footer, names = self._footer(number), tuple(columns)
+        wanted = footer.wanted.get(names)
+        if wanted is None:
+            url = self.shards[number].url
+            schema = column_types.arrow_schema(footer.metadata, url)
+            for column in names:
+                column_types.find(schema, url, column)
+            leaves, text = column_types.leaves_of(footer.metadata, schema, set(names))
+            dictionaries = [
+                name for name in names if any(path == name or path.startswith(f"{name}.") for path in text)
+            ]
+            wanted = footer.wanted[names] = _Wanted(leaves, text, dictionaries)
+        return footer.metadata, wanted
+
+    def _footer(self, number: int) -> _Footer:
         with self._lock:
             if number in self._footers:
                 self._footers.move_to_end(number)
@@ -266,11 +297,11 @@ class Dataset:
         # With a version, whatever is read from now on is of that, or is refused.
         if not shard.version and storage.size(shard.url) != shard.size:
             raise InputError(f"{shard.url}: {_CHANGED}")
-        footer, digest = _read_footer(storage.File(shard.path, shard.url, shard.size, shard.version))
+        metadata, digest = _read_footer(storage.File(shard.path, shard.url, shard.size, shard.version))
         if digest != shard.digest:
             raise InputError(f"{shard.url}: {_CHANGED}")
         with self._lock:
-            self._footers[number] = footer
+            footer = self._footers[number] = _Footer(metadata)
             while len(self._footers) > _OPEN_FOOTERS:
                 self._footers.popitem(last=False)
         return footer
@@ -382,10 +413,10 @@ def _is_of_the_machine(error: Exception) -> bool:
     return isinstance(error, MemoryError) or getattr(error, "errno", None) is not None
 
 
-def _wild_index(table: pa.Table) -> str:
+def _wild_index(table: pa.Table, columns: Sequence[str]) -> str:
     """What is wrong with dictionaries, where an index leads out of one; Parquet's reader does not look."""
-    for name, column in zip(table.column_names, table.columns, strict=True):
-        for chunk in column.chunks:
+    for name in columns:
+        for chunk in table[name].chunks:
             while pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type):
                 chunk = chunk.flatten()
             if pa.types.is_dictionary(chunk.type):
