@@ -127,8 +127,8 @@ def _scenario(source: Source, schema: Schema) -> npt.NDArray[np.int32]:
     texts = [value.decode(errors="replace") if isinstance(value, bytes) else str(value) for value in values]
     # The last one is for nulls, whose index -1 finds it.
     known = np.array([*(names.get(text, -1) for text in texts), -1], np.int32)
-    scenario: npt.NDArray[np.int32] = known[indices]
-    if (wrong := scenario < 0).any():
+    scenario: npt.NDArray[np.int32] = known.take(indices, mode="wrap")
+    if (array.null_count or known[:-1].min(initial=0) < 0) and (wrong := scenario < 0).any():
         rows = np.flatnonzero(wrong)
         allowed = ", ".join(schema.scenarios[:_SHOWN_SCENARIOS])
         if len(schema.scenarios) > _SHOWN_SCENARIOS:
@@ -207,7 +207,11 @@ def _lists(
     source: Source, feature: IdFeature, table: Table, vocabularies: Mapping[str, Vocabulary] | None
 ) -> Lists:
     array = source[feature.column]
-    offsets = offsets_of(without_nulls(pc.list_value_length(array), 0))
+    if array.null_count:
+        offsets = offsets_of(without_nulls(pc.list_value_length(array), 0))
+    else:
+        offsets = array.offsets.to_numpy().astype(np.int64)
+        offsets -= offsets[0]
     ids = array.flatten()  # leaves out what lies under null lists
     if ids.null_count:
         offsets = offsets_of(is_valid(ids))[offsets]

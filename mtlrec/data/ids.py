@@ -18,8 +18,8 @@ import xxhash
 
 _BLOCK = 16384
 """Ids hashed at a time: the block and its scratch stay in the cache."""
-_SMALL = 2**16
-"""The rows of ids from 0 to here are looked up: a third of the time, and 256 KiB for each size of a table."""
+_SMALL = 2**17
+"""The rows of ids from 0 to here are looked up: a third of the time, and 512 KiB for each size of a table."""
 _SMALL_TABLES = 64
 
 

@@ -58,7 +58,14 @@ def keep_given(tasks: Sequence[Task], labels: npt.NDArray[Any], valid: Valid) ->
 def read_weight(source: Source, column: str) -> Floats:
     """Sample weights, float32 [R]. Refuses one that is null, NaN, negative or infinite."""
     array = source[column]
-    values = without_nulls(pc.cast(array, pa.float64(), safe=False), 0)
+    values = without_nulls(
+        array if array.type == pa.float32() else pc.cast(array, pa.float64(), safe=False), 0
+    )
+    # A NaN among them is the least and the greatest.
+    if not array.null_count and values.min(initial=0) >= 0 and values.max(initial=0) < np.inf:
+        weight = np.empty(len(values), np.float32)
+        source.store(column, values, weight)
+        return weight
     fits = is_valid(array) & (values >= 0) & (values < np.inf)
     if not fits.all():
         rows = np.flatnonzero(~fits)
@@ -75,8 +82,14 @@ def read_weight(source: Source, column: str) -> Floats:
 
 
 def _label(source: Source, task: Task, target: Floats, valid: Valid) -> None:
-    column = task.label
-    values = source.floats(column, source[column])
+    column, array = task.label, source[task.label]
+    if task.kind != "regression" and pa.types.is_integer(array.type):
+        whole = without_nulls(array, 0)
+        if whole.min(initial=0) >= 0 and whole.max(initial=0) <= 1:
+            valid[:] = is_valid(array) if array.null_count else True
+            target[:] = whole
+            return
+    values = source.floats(column, array)
     np.logical_not(np.isnan(values), out=valid)
     if task.kind != "regression" and (wrong := valid & (values != 0) & (values != 1)).any():
         rows = np.flatnonzero(wrong)

@@ -123,9 +123,12 @@ class Source:
 
 
 def sum_is_finite(values: Array) -> bool:
-    """A cheap witness that no value is infinite or NaN: the sum is finite only if every value is."""
+    """A cheap witness that no value is infinite or NaN: the sum is finite only if every value is.
+
+    The sum of many large ones may be infinite too: where this is False, look at each.
+    """
     with np.errstate(over="ignore", invalid="ignore"):
-        return bool(np.isfinite(values.sum(dtype=np.float64)))
+        return bool(np.isfinite(values.sum()))
 
 
 def without_nulls(array: pa.Array, value: int) -> Array:

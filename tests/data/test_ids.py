@@ -112,9 +112,9 @@ def test_rows_are_written_where_they_are_wanted(values: np.ndarray, rows: int) -
 
 @pytest.mark.parametrize("rows", [3, 1000, 1024, 2**31, 2**31 + 1])
 def test_small_ids_have_the_rows_of_all(rows: int) -> None:
-    # All from 0 on and below 2^16; or not, and where they begin and end does not tell.
-    small = np.random.default_rng(0).integers(0, 2**16, 40_000)
-    for middle in (0, 2**16 - 1, 2**16, -1):
+    # All from 0 on and below 2^17; or not, and where they begin and end does not tell.
+    small = np.random.default_rng(0).integers(0, 2**17, 40_000)
+    for middle in (0, 2**17 - 1, 2**17, -1):
         values = small.copy()
         values[20_000] = middle
         target = np.empty(len(values), np.int32 if rows <= 2**31 else np.int64)
