@@ -9,19 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from mtlrec import storage
+from mtlrec import fork, storage
 from mtlrec.assembly import restore
 from mtlrec.checkpoint.manifest import read_manifest
 from mtlrec.checkpoint.vocabularies import load_vocabularies
 from mtlrec.control import Control
 from mtlrec.data.vocabulary import Vocabulary
-from mtlrec.distributed import World, all_gather_bytes
+from mtlrec.distributed import World, all_gather_bytes, all_ok
 from mtlrec.evaluate import Measured, Scores, evaluate, subject_of
 from mtlrec.job.errors import InputError
 from mtlrec.job.job import job_from_dict
 from mtlrec.lockstep import together
 from mtlrec.metrics.bootstrap import REPLICATES
-from mtlrec.metrics.differences import common_tasks, differences
+from mtlrec.metrics.differences import common_tasks, differences, num_comparisons
 from mtlrec.predict import predict
 from mtlrec.preflight import Run
 from mtlrec.schema import Schema, build_schema
@@ -52,7 +52,9 @@ def _tell_retries(world: World, control: Control) -> None:
 
 
 def _train(payload: dict[str, Any], world: World, control: Control) -> dict[str, Any]:
-    return train(Run(**payload), world, control)
+    run = Run(**payload)
+    with fork.reading(run.url, run.forked_from):
+        return train(run, world, control)
 
 
 def _evaluate(payload: dict[str, Any], world: World, control: Control) -> dict[str, Any]:
@@ -82,15 +84,27 @@ def _against(payload: dict[str, Any], world: World, control: Control) -> dict[st
         gathered.append(scores.gather(world))
     replicates, seed = payload.get("replicates", REPLICATES), payload.get("seed", 0)
     first, second = gathered
-    found = None
-    if first is not None and second is not None:
-        if not np.array_equal(first.ties, second.ties):
+
+    def check() -> None:
+        if first is not None and second is not None and not np.array_equal(first.ties, second.ties):
             raise InputError(
                 f"{payload['data']}: rows are bad for one model and not for the other "
                 f"({measured[0].bad_rows['rows']:,} and {measured[1].bad_rows['rows']:,}), so that the two "
                 "cannot be compared row by row; mend them, or name data without them"
             )
-        found = differences(first, second, replicates, seed, show=control.show)
+
+    together(world, check)
+
+    def show(event: dict[str, Any]) -> None:
+        control.show(event)
+        all_ok(None, world)  # those who wait for rank 0 learn that it is alive
+
+    found = None
+    if first is not None and second is not None:
+        found = differences(first, second, replicates, seed, show=show)
+    else:
+        for _ in range(num_comparisons(*(subject_of(schema) for schema in schemas))):
+            all_ok(None, world)
     return {
         "checkpoint": payload["checkpoint"],
         "against": other["checkpoint"],

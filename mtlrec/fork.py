@@ -2,17 +2,20 @@
 
     RUN/fork.json    where a run came from, written before it trains
 
-It reads the other run's checkpoint until it has one of its own, and writes nothing into the other's folder.
+It reads the other run's checkpoint until it has one of its own, which it writes before its first step, and
+writes nothing into the other's folder.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from mtlrec import storage
-from mtlrec.checkpoint.folder import latest
+from mtlrec.checkpoint.folder import MANIFEST, latest
 from mtlrec.checkpoint.manifest import Manifest, read_manifest
 from mtlrec.data.shards import Dataset
 from mtlrec.job.changes import changes
@@ -63,6 +66,24 @@ def origin_of(source: str) -> tuple[str, Manifest]:
     if newest is None:
         raise InputError(f"{source}: this run has no complete checkpoint that a fork could start from")
     return newest.url, read_manifest(newest.url)
+
+
+@contextlib.contextmanager
+def reading(url: str, forked_from: dict[str, Any] | None) -> Iterator[None]:
+    """While workers train the run in `url`: say so where the source has removed what they were to start from.
+
+    It may, as long as the fork has no checkpoint. forked_from: as `preflight.Run` has it.
+    """
+    try:
+        yield
+    except InputError as error:
+        origin = forked_from["checkpoint"] if forked_from is not None and latest(url) is None else None
+        if origin is None or storage.exists(storage.join(origin, MANIFEST)):
+            raise
+        raise InputError(
+            f"{origin}: its run has removed this checkpoint meanwhile, as newer ones are there "
+            "(run.checkpoint.keep_last); start the command again to fork the newest"
+        ) from error
 
 
 def refuse_unfit(url: str, job: Job, origin: Manifest) -> None:

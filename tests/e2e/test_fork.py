@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from mtlrec.checkpoint.folder import latest
+from mtlrec import actions, distributed
+from mtlrec.checkpoint.folder import discard, latest, list_checkpoints
 from mtlrec.cli import main
+from mtlrec.control import Silent
+from mtlrec.job.errors import InputError
 from mtlrec.job.job import job_from_dict
 from mtlrec.preflight import open_run
 from tests.distributed.test_training import checkpoint_bytes, recorded_rows
@@ -81,8 +85,12 @@ def test_a_fork_stands_alone_after_its_first_checkpoint(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Both the same command and its own name go on with it; it keeps saying where it came from."""
-    train(home, capsys, "--fork", "alone", "--set", "run.max_steps=24", "--set", "optimizer.dense.lr=0.001")
+    first, _ = train(
+        home, capsys, "--fork", "alone", "--set", "run.max_steps=24", "--set", "optimizer.dense.lr=0.001"
+    )
     again = ("--set", "run.max_steps=28", "--set", "optimizer.dense.lr=0.001")
+    begun = list_checkpoints(first["run_dir"])[0]
+    assert begun.step == 20, "written before its first step"
     result, err = train(home, capsys, "--fork", "alone", *again)
     assert "resuming alone at step 24" in err and result["rows"] == 4 * 48
     result, err = train(home, capsys, "--fork", "alone", *again)
@@ -109,6 +117,27 @@ def test_a_fork_cut_off_before_its_first_checkpoint_starts_from_the_source_again
     result, err = train(home, capsys, command[0], name, "--set", "run.max_steps=22")
     assert "step 20; its order of rows goes on" in err
     assert (result["steps"], result["rows"]) == (22, 96)
+
+
+def test_a_checkpoint_that_the_source_removes_before_it_is_read_is_told(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    doomed, _ = train(home, capsys, "--name", "doomed", "--set", "run.max_steps=2")
+    job = yaml.safe_load((Path(doomed["run_dir"]) / "job.yaml").read_text())
+    job["run"]["max_steps"] = 4
+    opened = open_run(job_from_dict(job, "test"), {}, lambda event: None, "orphan")
+    assert isinstance(opened, tuple)
+    run, lease = opened
+    discard(doomed["checkpoint"])
+    world = distributed.init_single_process(60)
+    try:
+        with (
+            lease,
+            pytest.raises(InputError, match=r"000002\.a0001: its run has removed .*start the command"),
+        ):
+            actions.perform("train", asdict(run), world, Silent())
+    finally:
+        distributed.shut_down()
 
 
 def test_other_data_start_a_new_order_with_the_learnt_weights(
