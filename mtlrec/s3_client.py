@@ -113,9 +113,7 @@ class PatientS3(S3FileSystem):
                     if _is_gone(error) and (found := await self._found_done(method, kwargs, retries)):
                         return found
                     translated = translate_boto_error(error)
-                    if translated is error:
-                        raise error
-                    raise translated from error
+                    raise translated from (error if translated is not error else caught.__cause__)
                 seconds = time.monotonic() - began
                 wait = patience.wait(retries, seconds)
                 if wait is None:
