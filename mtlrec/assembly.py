@@ -129,10 +129,9 @@ def assemble(
     """Everything that training needs, from `checkpoint` (which says `start` of itself) or from the seed.
 
     forks: the checkpoint is another run's, whose job may have balanced its losses otherwise.
-    The plan that a run was begun with is kept in its folder and used again by as many workers.
+    For each number of workers that a run has had, the plan is kept in its folder and used again.
     """
-    plan_url = storage.join(run_url, "plan.json")
-    built, plan = build_model(job, schema, world.device), _read_plan(plan_url, world)
+    built, plan = build_model(job, schema, world.device), _read_plan(run_url, world)
     model = shard(built, job, world, plan, copied=job.run.saves_beside)
     objective = build_objective(job, schema).to(world.device)
     optimizer = DenseOptimizer(job, _Learnt(model, objective), world)
@@ -142,7 +141,7 @@ def assemble(
     else:
         together(world, lambda: _resume(trainer, schema, checkpoint, start, forks))
     if world.rank == 0:
-        storage.write(plan_url, json.dumps(model.plan.to_dict(), indent=1).encode())
+        storage.write(_plan_url(run_url, world), json.dumps(model.plan.to_dict(), indent=1).encode())
     return trainer
 
 
@@ -209,14 +208,20 @@ def _with_own_objective(
     return {name: tensor for name, tensor in saved.items() if name not in theirs} | ours
 
 
-def _read_plan(url: str, world: World) -> dict[str, object] | None:
-    """The plan in the run's folder as rank 0 sees it, for every rank; None where there is none to read."""
+def _plan_url(run_url: str, world: World) -> str:
+    return storage.join(run_url, "plans", f"{world.world_size}.json")
+
+
+def _read_plan(run_url: str, world: World) -> dict[str, object] | None:
+    """The plan for so many workers, as rank 0 sees it in the run's folder; None where there is none."""
     text = b""
-    if world.rank == 0:
-        try:
-            text = storage.read(url)
-            json.loads(text)
-        except (FileNotFoundError, ValueError):
-            text = b""
+    # Older versions kept one plan, that of the last workers: whether it serves is seen later.
+    for url in (_plan_url(run_url, world), storage.join(run_url, "plan.json")):
+        if world.rank == 0 and not text:
+            try:
+                text = storage.read(url)
+                json.loads(text)
+            except (FileNotFoundError, ValueError):
+                text = b""
     text = broadcast_bytes(text, world)
     return json.loads(text) if text else None

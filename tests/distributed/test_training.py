@@ -106,7 +106,14 @@ CHAINS: dict[str, tuple[str, list[tuple[int, Any]]]] = {
     ),
 }
 """Runs that go on every ten steps with other workers under another plan: optimizer, (workers, plan) each."""
-SAVED = {(mode, place): f"{mode}-{place}" for mode in ("async", "sync") for place in ("disk", "s3")}
+ROWWISE, ADAGRAD = "rowwise_adagrad", "adagrad"
+SAVED = {
+    (mode, place, optimizer): f"{mode}-{place}-{optimizer}"
+    for mode, place, optimizer in (
+        *((mode, place, ROWWISE) for mode in ("async", "sync") for place in ("disk", "s3")),
+        ("async", "disk", ADAGRAD),
+    )
+}
 """Runs that are cut off at step 30, and go on from the checkpoint that they saved on the way, at 20."""
 
 
@@ -122,11 +129,14 @@ class Session:
         self.trained: dict[tuple[int, str], dict[str, Any]] = {}
         """(workers, plan or run and its last step) -> the result, with its `losses`."""
         first = [self._saved(*each, 30) for each in SAVED]
-        straight = self._call("straight", "straight-40", 40, "row_wise", "rowwise_adagrad")
-        self._run("two", 2, [*self._plans(2), straight, *first, *self._links(0)], "row_wise")
-        for mode, place in SAVED:
+        straight = [
+            self._call(f"straight-{kind}", f"straight-{kind}-40", 40, "row_wise", kind)
+            for kind in (ROWWISE, ADAGRAD)
+        ]
+        self._run("two", 2, [*self._plans(2), *straight, *first, *self._links(0)], "row_wise")
+        for name in SAVED.values():
             # As if killed behind step 20: its checkpoint was written while the next steps were trained.
-            discard(self.trained[2, f"{mode}-{place}-30"]["checkpoint"])
+            discard(self.trained[2, f"{name}-30"]["checkpoint"])
         self._run("one", 1, [*self._plans(1), *self._links(1)], None)
         self._run("three", 3, [*self._plans(3), *self._links(2)], None)
         self._run("two again", 2, [*(self._saved(*each, 40) for each in SAVED), *self._links(3)], None)
@@ -140,13 +150,11 @@ class Session:
             kinds.append(("adagrad", "adagrad", "table_wise"))
         return [self._call(f"w{workers}-{name}", name, 50, plan, kind) for name, kind, plan in kinds]
 
-    def _saved(self, mode: str, place: str, steps: int) -> tuple[str, dict[str, Any]]:
-        name = SAVED[mode, place]
+    def _saved(self, mode: str, place: str, optimizer: str, steps: int) -> tuple[str, dict[str, Any]]:
+        name = SAVED[mode, place, optimizer]
         checkpoint = {"every_steps": 20, "mode": mode, "keep_last": 9}
         runs = f"{self.bucket}/runs" if place == "s3" else None
-        return self._call(
-            name, f"{name}-{steps}", steps, "row_wise", "rowwise_adagrad", runs, checkpoint=checkpoint
-        )
+        return self._call(name, f"{name}-{steps}", steps, "row_wise", optimizer, runs, checkpoint=checkpoint)
 
     def _links(self, number: int) -> list[tuple[str, dict[str, Any]]]:
         steps = 10 * (number + 1)
@@ -257,10 +265,12 @@ def test_predictions_of_one_checkpoint_do_not_depend_on_workers(session: Session
             np.testing.assert_allclose(table[task], found["one"][task], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize(("mode", "place"), SAVED)
-def test_20_steps_and_20_more_are_40_to_the_bit(session: Session, mode: str, place: str) -> None:
+@pytest.mark.parametrize(("mode", "place", "optimizer"), SAVED)
+def test_20_steps_and_20_more_are_40_to_the_bit(
+    session: Session, mode: str, place: str, optimizer: str
+) -> None:
     """From a checkpoint that was saved while training went on, in both modes, on disk and on S3."""
-    straight, name = session.trained[2, "straight-40"], SAVED[mode, place]
+    straight, name = session.trained[2, f"straight-{optimizer}-40"], SAVED[mode, place, optimizer]
     cut_off, rest = session.trained[2, f"{name}-30"], session.trained[2, f"{name}-40"]
     assert straight["losses"].shape == (40, 2) and rest["losses"].shape == (20, 2), "resumed at step 20"
     np.testing.assert_array_equal(cut_off["losses"], straight["losses"][:30])
@@ -273,7 +283,12 @@ def test_what_is_saved_beside_training_is_of_its_step(session: Session) -> None:
     """In async mode the tables go on changing while their copy is written."""
     for place in ("disk", "s3"):
         saved = {
-            mode: [each.url for each in list_checkpoints(session.trained[2, f"{mode}-{place}-40"]["run_dir"])]
+            mode: [
+                each.url
+                for each in list_checkpoints(
+                    session.trained[2, f"{SAVED[mode, place, ROWWISE]}-40"]["run_dir"]
+                )
+            ]
             for mode in ("async", "sync")
         }
         assert [storage.name(url)[:17] for url in saved["async"]] == [
@@ -299,6 +314,8 @@ def test_a_run_goes_on_with_any_workers_under_any_plan(session: Session, name: s
     assert rows == recorded_rows(reference["run_dir"])[:40]
     epoch = [row for step in rows[: -(-1500 // 48)] for row in step]
     assert sorted(epoch) == list(range(1500)), "every row once"
+    plans = {file.path for file in storage.list_files(storage.join(parts[-1]["run_dir"], "plans"))}
+    assert plans == {"1.json", "2.json", "3.json"}, "for when there are as many workers again"
 
 
 def checkpoint_bytes(result: dict[str, Any]) -> dict[str, bytes]:
