@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mtlrec import storage, watchdog
+from mtlrec.importing import uncollected
 from mtlrec.job.errors import InputError
 from mtlrec.job.run import RunSection
 from mtlrec.stopping import StopRequest
@@ -43,9 +44,10 @@ def launch(
 
         return launch_on_ray(action, payload, run, name, address, stacks, show, stop, alive)
 
-    import torch
+    with uncollected():
+        import torch
 
-    from mtlrec import actions, distributed
+        from mtlrec import actions, distributed
 
     def hung(text: str) -> None:
         stop.fail(text)

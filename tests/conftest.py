@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 
 from mtlrec import s3
 from mtlrec.job.storage import StorageSection
+from tests.distributed.processes import forking
 
 settings.register_profile(
     "mtlrec",
@@ -25,6 +26,13 @@ settings.register_profile(
     print_blob=True,
 )
 settings.load_profile("mtlrec")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_ranks() -> Iterator[None]:
+    """Tests with several processes do not wait for each of them to import torchrec."""
+    with forking():
+        yield
 
 
 @pytest.fixture(autouse=True)

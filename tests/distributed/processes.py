@@ -5,14 +5,20 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
+
+from mtlrec.importing import uncollected
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,8 +47,8 @@ def run_processes(
     `target` is "package.module:function". It is called as `function(world, **arguments)` in an initialised
     process group, and returns a dict whose values are numpy arrays or JSON data; `arguments` is JSON data.
     `folder` (made if need be, a new one for every call) holds the group's store, the results and the logs.
-    Every process has one arithmetic thread; `env` is added to its environment. Importing torchrec costs each
-    process several seconds, so let one call try many things.
+    Every process has one arithmetic thread; `env` is added to its environment. Inside `forking` it comes from
+    one that has imported all there is to import; else that costs each process several seconds.
 
     Raises ProcessFailure with the tail of each log where a rank fails or `timeout` seconds pass; the other
     ranks are then stopped.
@@ -59,13 +65,10 @@ def run_processes(
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
         **(env or {}),
     }
-    processes = []
-    for rank in range(world_size):
-        command = [sys.executable, "-m", "tests.distributed.processes", str(folder), str(rank)]
-        with (folder / f"{rank}.log").open("wb") as log:
-            processes.append(
-                subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-            )
+    start = _afresh if _servers is None or world_size > SERVERS else _servers.start
+    processes = [start(folder, rank, environment) for rank in range(world_size)]
+    if _servers is not None:
+        _servers.turn += 1
     try:
         _wait(processes, folder, timeout)
     finally:
@@ -76,7 +79,132 @@ def run_processes(
     return [_read(folder, rank) for rank in range(world_size)]
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], folder: Path, timeout: float) -> None:
+class _Process(Protocol):
+    def poll(self) -> int | None: ...
+
+    def kill(self) -> None: ...
+
+    def wait(self) -> int: ...
+
+
+def _afresh(folder: Path, rank: int, environment: Mapping[str, str]) -> _Process:
+    command = [sys.executable, "-m", "tests.distributed.processes", str(folder), str(rank)]
+    with (folder / f"{rank}.log").open("wb") as log:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+SERVERS = 3
+
+
+@contextmanager
+def forking() -> Iterator[None]:
+    """Within it, the ranks of up to SERVERS processes are forked from some that have imported everything.
+
+    Each rank of a call from another one, and in the next call from the one after it: Python hashes texts
+    differently in each, and what depends on the order of a set must not stay hidden.
+    """
+    global _servers
+    _servers = _Servers()
+    try:
+        yield
+    finally:
+        _servers.close()
+        _servers = None
+
+
+class _Servers:
+    def __init__(self) -> None:
+        self.turn = 0
+        self._all: dict[int, subprocess.Popen[bytes]] = {}
+
+    def start(self, folder: Path, rank: int, environment: Mapping[str, str]) -> _Process:
+        number = (self.turn + rank) % SERVERS
+        if number not in self._all:
+            command = [sys.executable, "-m", "tests.distributed.processes"]
+            pipe = subprocess.PIPE
+            self._all[number] = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, bufsize=0
+            )
+        return _Forked(self._all[number], folder, rank, environment)
+
+    def close(self) -> None:
+        for server in self._all.values():
+            server.communicate()
+
+
+class _Forked:
+    """A child of a server, which has one at a time."""
+
+    def __init__(
+        self, server: subprocess.Popen[bytes], folder: Path, rank: int, environment: Mapping[str, str]
+    ) -> None:
+        assert server.stdin is not None and server.stdout is not None
+        self._says = server.stdout
+        (folder / f"{rank}.log").touch()
+        call = {"folder": str(folder), "rank": rank, "environment": dict(environment)}
+        server.stdin.write(json.dumps(call).encode() + b"\n")
+        self._pid: int | None = None
+        self._code: int | None = None
+
+    def poll(self) -> int | None:
+        if self._code is None and select.select([self._says], [], [], 0)[0]:
+            self._listen()
+        return self._code
+
+    def kill(self) -> None:
+        while self._pid is None:
+            self._listen()
+        if self.poll() is None:
+            os.kill(self._pid, signal.SIGKILL)
+
+    def wait(self) -> int:
+        while self._code is None:
+            self._listen()
+        return self._code
+
+    def _listen(self) -> None:
+        """The server says two numbers, each a line: the child's id, and later its exit code."""
+        number = int(self._says.readline())
+        if self._pid is None:
+            self._pid = number
+        else:
+            self._code = number
+
+
+_servers: _Servers | None = None
+
+
+def _serve() -> None:
+    """Fork a rank for every line on stdin."""
+    with uncollected():  # what the children share is not written to for the sake of looking through it
+        importlib.import_module("mtlrec.actions")
+    while line := sys.stdin.buffer.readline():
+        pid = os.fork()
+        if pid == 0:
+            _be_rank(**json.loads(line))
+        print(pid, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+def _be_rank(folder: str, rank: int, environment: dict[str, str]) -> NoReturn:
+    """In a forked process: what `_afresh` would have started."""
+    for number, mode, path in (
+        (0, os.O_RDONLY, os.devnull),
+        (1, os.O_WRONLY | os.O_CREAT, f"{folder}/{rank}.log"),
+    ):
+        os.dup2(os.open(path, mode), number)
+    os.dup2(1, 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    try:
+        _main(Path(folder), rank)
+    except BaseException:
+        traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def _wait(processes: list[_Process], folder: Path, timeout: float) -> None:
     deadline = time.monotonic() + timeout
     failed_at = None
     while True:
@@ -131,4 +259,7 @@ def _main(folder: Path, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    _main(Path(sys.argv[1]), int(sys.argv[2]))
+    if sys.argv[1:]:
+        _main(Path(sys.argv[1]), int(sys.argv[2]))
+    else:
+        _serve()
