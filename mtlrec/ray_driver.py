@@ -15,6 +15,7 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any
 
 from mtlrec import storage
+from mtlrec.importing import uncollected
 from mtlrec.job.errors import FinalFailure, InputError
 from mtlrec.job.run import MAX_WORKERS, RunSection
 from mtlrec.ray_worker import DUMP_S, INPUT, POLL_S, Board, Ending, arrow_place, first_line, work
@@ -60,7 +61,8 @@ def launch_on_ray(
         assert "ray" not in sys.modules
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    import ray
+    with uncollected():
+        import ray
 
     few, many = run.fewest_workers, run.most_workers
     count = f"{many}" if few == many else f"{few} to {many}"
@@ -71,9 +73,12 @@ def launch_on_ray(
         _ray_session(ray, run, address),
         tempfile.TemporaryDirectory(prefix="mtlrec-ray-") as scratch,
     ):
-        import ray.train
-        from ray.train.torch import TorchConfig, TorchTrainer
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+        with uncollected():
+            import ray.train
+            from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+            from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+            from mtlrec.ray_group import Group
 
         for logger in ("ray", "ray.train"):
             logging.getLogger(logger).setLevel(logging.ERROR)
@@ -97,14 +102,14 @@ def launch_on_ray(
             "limit_s": run.step_timeout_s,
             "stacks": stacks,
         }
-        trainer = TorchTrainer(
-            work,  # type: ignore[arg-type]  # what rank 0 returns is the result's return_value
+        trainer = DataParallelTrainer(
+            work,  # what rank 0 returns is the result's return_value
             train_loop_config=config,
-            torch_config=TorchConfig(
-                backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
+            backend_config=Group(
+                backends="cpu:gloo,cuda:nccl" if cuda else "gloo",
                 # The watchdogs come first: a worker whose collective times out takes the others with it, and
                 # the one that it waits for must have written its stacks by then.
-                timeout_s=int(TIMEOUT_FACTOR * run.step_timeout_s + 2 * DUMP_S),
+                timeout_s=TIMEOUT_FACTOR * run.step_timeout_s + 2 * DUMP_S,
             ),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=few if few == many else (few, many),  # type: ignore[arg-type]

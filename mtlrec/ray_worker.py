@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from mtlrec import storage, watchdog
+from mtlrec.importing import uncollected
 from mtlrec.job.errors import FinalFailure, InputError
 
 POLL_S = 0.25
@@ -147,9 +148,11 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
     raised, it would be retried, and the other workers may be waiting for this one in a collective.
     """
     import ray
-    import torch
 
-    from mtlrec import actions, distributed
+    with uncollected():
+        import torch
+
+        from mtlrec import actions, distributed
 
     torch.set_num_threads(config["threads"])
     world = distributed.this_world(config["device"])
