@@ -31,8 +31,9 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from benchmarks.sized import DIM, EPS, EXPERTS, HIDDEN, LEARNING_RATES, TOWER
+from benchmarks.sized import EPS, EXPERTS, HIDDEN, LEARNING_RATES, TOWER
 from mtlrec.distributed import World
+from mtlrec.schema import Table
 
 PARTS = ("forward", "backward", "optimizer")
 
@@ -88,19 +89,16 @@ class PlainModel(nn.Module):
 class Plain:
     """The model, its optimizers, and the batches that it goes round and round."""
 
-    def __init__(
-        self, tables: Sequence[tuple[str, int, Sequence[str]]], batches: Sequence[Rows], world: World
-    ) -> None:
-        """tables: name, rows, and the features that look it up, in the order of the batches' keys."""
+    def __init__(self, tables: Sequence[Table], batches: Sequence[Rows], world: World) -> None:
         configs = [
             EmbeddingBagConfig(
-                name=name,
-                num_embeddings=rows,
-                embedding_dim=DIM,
-                feature_names=list(features),
-                pooling=PoolingType.MEAN,
+                name=table.name,
+                num_embeddings=table.rows,
+                embedding_dim=table.dim,
+                feature_names=list(table.features),
+                pooling=PoolingType.MEAN if table.pooling == "mean" else PoolingType.SUM,
             )
-            for name, rows, features in tables
+            for table in tables
         ]
         model = PlainModel(configs, batches[0].dense.shape[1], batches[0].labels.shape[1])
         sharder: Any = EmbeddingBagCollectionSharder(
@@ -116,7 +114,7 @@ class Plain:
                 world_size=world.world_size, local_world_size=world.local_world_size, compute_device="cpu"
             ),
             batch_size=batches[0].dense.shape[0],
-            constraints={name: wholly for name, _, _ in tables},
+            constraints={table.name: wholly for table in tables},
         )
         group = dist.group.WORLD
         assert group is not None
@@ -132,7 +130,7 @@ class Plain:
         self._batches, self.taken = list(batches), 0
         self.parameters = {
             "dense": sum(value.numel() for value in dense),
-            "tables": sum(rows * DIM for _, rows, _ in tables),
+            "tables": sum(table.rows * table.dim for table in tables),
         }
         self.seconds = dict.fromkeys(PARTS, 0.0)
         """Spent in each part of a step so far."""
@@ -154,7 +152,7 @@ class Plain:
             seconds["forward"] += forward - began
             seconds["backward"] += backward - forward
             seconds["optimizer"] += clock() - backward
-        return float(loss)
+        return float(loss.detach())
 
 
 def _layers(widths: Sequence[int]) -> nn.Sequential:

@@ -184,8 +184,7 @@ def _plain(world: Any, run: dict[str, Any]) -> Any:
     ) as reader:
         whole = (batch for batch in reader if batch.num_rows == len(batch.labels))
         batches = [Rows(each.ids, each.dense, each.labels) for each in islice(whole, _PREBUILT)]
-    tables = [(table.name, table.rows, table.features) for table in schema.tables]
-    return Plain(tables, batches, world)
+    return Plain(schema.tables, batches, world)
 
 
 @contextmanager
