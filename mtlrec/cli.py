@@ -9,6 +9,7 @@ import sys
 from typing import NoReturn
 
 from mtlrec.commands.console import DONE, FAILED, STOPPED, WRONG_INPUT, fail, leave, print_text
+from mtlrec.importing import uncollected
 from mtlrec.job.errors import InputError
 
 
@@ -173,56 +174,56 @@ def _workers(text: str) -> str:
 
 
 def _synth(arguments: argparse.Namespace) -> int:
-    from mtlrec.commands.data import synth
-
+    with uncollected():
+        from mtlrec.commands.data import synth
     return synth(arguments)
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
-    from mtlrec.commands.data import prepare
-
+    with uncollected():
+        from mtlrec.commands.data import prepare
     return prepare(arguments)
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from mtlrec.commands.train import train
-
+    with uncollected():
+        from mtlrec.commands.train import train
     return train(arguments)
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from mtlrec.commands.compare import compare
-
+    with uncollected():
+        from mtlrec.commands.compare import compare
     return compare(arguments)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from mtlrec.commands.checkpoint import evaluate
-
+    with uncollected():
+        from mtlrec.commands.checkpoint import evaluate
     return evaluate(arguments)
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    from mtlrec.commands.checkpoint import predict
-
+    with uncollected():
+        from mtlrec.commands.checkpoint import predict
     return predict(arguments)
 
 
 def _stop(arguments: argparse.Namespace) -> int:
-    from mtlrec.commands.stop import stop
-
+    with uncollected():
+        from mtlrec.commands.stop import stop
     return stop(arguments)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from mtlrec.commands.checkpoint import inspect
-
+    with uncollected():
+        from mtlrec.commands.checkpoint import inspect
     return inspect(arguments)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from mtlrec.doctor import run_doctor
-
+    with uncollected():
+        from mtlrec.doctor import run_doctor
     return run_doctor(storage=arguments.storage, device=arguments.device, as_json=arguments.json)
 
 
