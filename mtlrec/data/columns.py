@@ -49,6 +49,8 @@ class Columns:
     """[K]: features as in `list_features`."""
     num_tasks: int
     weighted: bool
+    complete: bool
+    """No id of a row is -1."""
     user: npt.NDArray[np.int32] | None = None
     """[R], where negatives are drawn: the number that the sampler knows the row's user by, -1 for none."""
     keys: pa.Table | None = None
@@ -73,7 +75,8 @@ class Columns:
         num_rows, num_tasks, weighted = len(rows), labels.shape[1], weight is not None
         num_words = 1 + len(lists) + dense.shape[1] + num_tasks + weighted
         words = np.empty((num_words, num_rows), np.int32)
-        found = cls(rows, ids, words, tuple(lists), num_tasks, weighted)
+        complete = bool(ids.min(initial=0) >= 0)
+        found = cls(rows, ids, words, tuple(lists), num_tasks, weighted, complete)
         words[0] = scenario
         for each, target in zip(lists, words[1:], strict=False):
             np.subtract(each.offsets[1:], each.offsets[:-1], out=target, casting="unsafe")
@@ -93,6 +96,11 @@ class Columns:
     def scenario(self) -> npt.NDArray[np.int32]:
         """[R], index into `schema.scenarios`."""
         return self.words[0]
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int32]:
+        """[K, R], of the lists."""
+        return self.words[1 : 1 + len(self.lists)]
 
     @property
     def numbers(self) -> npt.NDArray[np.float32]:
@@ -176,6 +184,15 @@ class Cut(NamedTuple):
     begin: int
     end: int
 
+    def ids(self, features: slice) -> Array:
+        """Of some of the features with one id a row, [features, end - begin]."""
+        return self.columns.ids[features, self.begin : self.end]
+
+    def values(self, number: int) -> Array:
+        """All ids of a list feature."""
+        lists = self.columns.lists[number]
+        return lists.values[lists.offsets[self.begin] : lists.offsets[self.end]]
+
 
 def single_features(schema: Schema) -> tuple[IdFeature, ...]:
     """The id features that have at most one id a row, in the order of the schema."""
@@ -198,24 +215,30 @@ def join(parts: Sequence[Columns]) -> Columns:
 
 def join_cuts(cuts: Sequence[Cut]) -> Columns:
     """Several parts, one after the other; at least one."""
-    first = cuts[0].columns
     if len(cuts) == 1:
-        return first.slice(cuts[0].begin, cuts[0].end)
-    words = np.concatenate([columns.words[:, begin:end] for columns, begin, end in cuts], axis=1)
-    lists = []
-    for number in range(len(first.lists)):
-        values = []
-        for columns, begin, end in cuts:
-            each = columns.lists[number]
-            values.append(each.values[each.offsets[begin] : each.offsets[end]])
-        lists.append(Lists(offsets_of(words[1 + number]), np.concatenate(values)))
+        return cuts[0].columns.slice(cuts[0].begin, cuts[0].end)
+    rest = join_but_ids(cuts)
+    return replace(
+        rest,
+        ids=np.concatenate([cut.ids(slice(None)) for cut in cuts], axis=1),
+        lists=tuple(
+            Lists(offsets_of(lengths), np.concatenate([cut.values(number) for cut in cuts]))
+            for number, lengths in enumerate(rest.lengths)
+        ),
+    )
+
+
+def join_but_ids(cuts: Sequence[Cut]) -> Columns:
+    """`join_cuts` with nothing in `ids` and `lists`, for who puts those elsewhere."""
+    first = cuts[0].columns
     return Columns(
         np.concatenate([columns.rows[begin:end] for columns, begin, end in cuts]),
-        np.concatenate([columns.ids[:, begin:end] for columns, begin, end in cuts], axis=1),
-        words,
-        tuple(lists),
+        first.ids[:, :0],
+        np.concatenate([columns.words[:, begin:end] for columns, begin, end in cuts], axis=1),
+        tuple(Lists(each.offsets[:1], each.values[:0]) for each in first.lists),
         first.num_tasks,
         first.weighted,
+        all(cut.columns.complete for cut in cuts),
         None if first.user is None else np.concatenate([_user(cut) for cut in cuts]),
         None if first.keys is None else _join_keys(cuts),
         _join_bad(cuts),

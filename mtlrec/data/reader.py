@@ -11,7 +11,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType, TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mtlrec.batch import Batch
-from mtlrec.data.columns import Columns, Cut, join_cuts
+from mtlrec.data.columns import Columns, Cut, join_but_ids, join_cuts
 from mtlrec.data.negatives import Sampler
 from mtlrec.data.order import Position, advance, check_position, lane_rows, steps_left, stride, worker_lanes
 from mtlrec.data.quarantine import Quarantine
@@ -31,8 +31,6 @@ from mtlrec.job.errors import InputError
 from mtlrec.schema import Schema
 
 _Array = npt.NDArray[Any]
-_Part = tuple[Columns, slice | _Array]
-"""Rows, and their places among the M, rising."""
 
 _JOIN_S = 10.0
 
@@ -267,6 +265,38 @@ class _Steps:
             yield cuts, position
 
 
+class _Part(NamedTuple):
+    """Some of a batch's rows."""
+
+    cuts: Sequence[Cut]
+    rest: Columns
+    """The cuts one after the other, without ids."""
+    places: slice | _Array
+    """Among the M, rising."""
+
+
+def _all_of(columns: Columns) -> Cut:
+    return Cut(columns, 0, len(columns))
+
+
+def _runs(is_list: Sequence[bool]) -> list[tuple[slice, slice, bool]]:
+    """Features that are assembled together: neighbours with one id a row, or one list.
+
+    Of each run: which of all features, which of those of its kind, and whether it is a list.
+    """
+    found: list[tuple[slice, slice, bool]] = []
+    seen = {False: 0, True: 0}
+    for feature, kind in enumerate(is_list):
+        number = seen[kind]
+        seen[kind] += 1
+        if found and not kind and not found[-1][2]:
+            features, numbers, _ = found[-1]
+            found[-1] = slice(features.start, feature + 1), slice(numbers.start, number + 1), kind
+        else:
+            found.append((slice(feature, feature + 1), slice(number, number + 1), kind))
+    return found
+
+
 class _Builder:
     """Rows as numpy arrays -> Batch of tensors, padded to the stride."""
 
@@ -285,31 +315,37 @@ class _Builder:
         self._negatives, self._keep_bad = negatives, keep_bad
         self._model_rows = stride * (1 + (negatives.per_positive if negatives is not None else 0))
         self._names = [feature.name for feature in schema.id_features]
-        self._is_list = [feature.source == "id_list" for feature in schema.id_features]
+        self._runs = _runs([feature.source == "id_list" for feature in schema.id_features])
         self._num_dense, self._num_tasks = schema.dense_width, len(schema.tasks)
 
     def build(self, cuts: Sequence[Cut], position: Position, step: int) -> Batch:
         """cuts: at most S rows in all, in their order. position: behind this batch. step: of the run."""
-        whole = self._join(cuts)
-        num_rows = 0 if whole is None else len(whole)
-        parts: list[_Part] = [] if whole is None else [(whole, slice(0, num_rows))]
+        if not self._keep_bad and any(cut.columns.bad is not None for cut in cuts):
+            cuts = [_all_of(join_cuts(cuts).good())]
+        num_rows = sum(cut.end - cut.begin for cut in cuts)
+        parts: list[_Part] = []
         present = None
         if self._negatives is not None:
             present = np.zeros((self._stride, self._negatives.per_positive), np.bool_)
-            if whole is not None:
-                present[:num_rows], drawn = self._negatives.negatives_of(whole, step)
-                parts.append((drawn, self._stride + np.flatnonzero(present)))
+        if num_rows:
+            if self._negatives is not None and present is not None:
+                cuts = [_all_of(join_cuts(cuts))]
+                present[:num_rows], drawn = self._negatives.negatives_of(cuts[0].columns, step)
+                behind = self._stride + np.flatnonzero(present)
+                parts = [_Part([_all_of(drawn)], drawn, behind)]
+            parts.insert(0, _Part(cuts, join_but_ids(cuts), slice(0, num_rows)))
         dense = np.zeros((self._model_rows, self._num_dense), np.float32)
         scenario = np.zeros(self._model_rows, np.int64)
-        for columns, places in parts:
-            scenario[places] = columns.scenario
+        for part in parts:
+            scenario[part.places] = part.rest.scenario
             # Number by number: numpy copies a row of three numbers no faster than one of a hundred.
-            for source, target in zip(columns.dense.T, dense.T, strict=True):
-                target[places] = source
+            for source, target in zip(part.rest.dense.T, dense.T, strict=True):
+                target[part.places] = source
         labels = np.zeros((self._stride, self._num_tasks), np.float32)
         valid = np.zeros((self._stride, self._num_tasks), np.bool_)
         rows = np.full(self._stride, -1, np.int64)
         weight = np.zeros(self._stride, np.float32) if self._weighted else None
+        whole = parts[0].rest if parts else None
         if whole is not None:
             rows[:num_rows] = whole.rows
             for task, targets in enumerate(whole.targets):
@@ -334,45 +370,48 @@ class _Builder:
             bad=None if whole is None else whole.bad,
         )
 
-    def _join(self, cuts: Sequence[Cut]) -> Columns | None:
-        """The rows of a batch, or None where there are none."""
-        if not cuts:
-            return None
-        whole = join_cuts(cuts)
-        if not self._keep_bad:
-            whole = whole.good()
-        return whole if len(whole) else None
-
     def _jagged(self, parts: Sequence[_Part]) -> KeyedJaggedTensor:
         """Values of feature 0 for all rows, then of feature 1, and so on; lengths [F * M] likewise.
 
         Rows that no part has have no ids.
         """
-        least = [columns.ids.min(axis=1, initial=0) for columns, _ in parts]
-        lengths = np.zeros((len(self._is_list), self._model_rows), np.int32)
-        pieces: list[_Array] = []
+        lengths = np.zeros((len(self._names), self._model_rows), np.int32)
+        cuts = [cut for part in parts for cut in part.cuts]
+        complete = all(part.rest.complete for part in parts)
+        num_rows = sum(cut.end - cut.begin for cut in cuts)
+        # By run of features: arrays that stand side by side, [features, rows of the cut].
+        pieces: list[list[_Array]] = []
         per_feature: list[int] = []
-        next_single = next_list = 0
-        for target, is_list in zip(lengths, self._is_list, strict=True):
-            before = len(pieces)
-            for (columns, places), lowest in zip(parts, least, strict=True):
-                if is_list:
-                    lists = columns.lists[next_list]
-                    target[places] = np.diff(lists.offsets)
-                    pieces.append(lists.values[lists.offsets[0] : lists.offsets[-1]])
-                elif lowest[next_single] >= 0:
-                    target[places] = 1
-                    pieces.append(columns.ids[next_single])
-                else:
-                    ids = columns.ids[next_single]
-                    present = ids >= 0
-                    target[places] = present
-                    pieces.append(ids[present])
-            next_list, next_single = next_list + is_list, next_single + (not is_list)
-            per_feature.append(sum(len(piece) for piece in pieces[before:]))
+        for features, numbers, is_list in self._runs:
+            if is_list:
+                pieces.append([cut.values(numbers.start)[None] for cut in cuts])
+                per_feature.append(sum(piece.size for piece in pieces[-1]))
+                for part in parts:
+                    lengths[features, part.places] = part.rest.lengths[numbers]
+                continue
+            pieces.append([cut.ids(numbers) for cut in cuts])
+            count = features.stop - features.start
+            if complete:
+                per_feature += [num_rows] * count
+                for part in parts:
+                    lengths[features, part.places] = 1
+            else:
+                ids = np.concatenate(pieces[-1], axis=1)
+                present = ids >= 0
+                pieces[-1] = [ids[present][None]]
+                per_feature += present.sum(axis=1).tolist()
+                begin = 0
+                for part in parts:
+                    end = begin + len(part.rest)
+                    lengths[features, part.places] = present[:, begin:end]
+                    begin = end
         values = np.empty(sum(per_feature), np.int64)
-        if pieces:
-            np.concatenate(pieces, out=values)
+        begin = 0
+        for run in pieces:
+            if run:
+                end = begin + sum(piece.size for piece in run)
+                np.concatenate(run, axis=1, out=values[begin:end].reshape(len(run[0]), -1))
+                begin = end
         return KeyedJaggedTensor(
             keys=list(self._names),
             values=self._tensor(values),
