@@ -39,22 +39,35 @@ class Steps:
     warm_up: int = 10
 
 
-def rates(world: World, runs: dict[str, dict[str, Any]], steps: dict[str, int], batch: int) -> Results:
-    """In the worker: samples a second and a second of processor time, of each turn of each side."""
+def rates(world: World, runs: dict[str, dict[str, Any]], steps: dict[str, int]) -> Results:
+    """In the worker: samples a second and a second of processor time, of each turn of each side.
+
+    `runs`: of ours, "small" and "large", and "small_fewer", with smaller batches; theirs are "zoo",
+    "zoo_fused" and "zoo_fewer".
+    """
     count = Steps(**steps)
     os.sched_setaffinity(0, {0})
     trainings = {name: Training(Run(**run), world) for name, run in runs.items()}
-    job = job_from_dict(runs["small"]["job"], "benchmark")
-    batches = _batches(job, count.theirs * count.repeats + 1)
-    zoos = {name: Zoo(job, batches, fused) for name, fused in (("zoo", False), ("zoo_fused", True))}
+    jobs = {name: job_from_dict(run["job"], "benchmark") for name, run in runs.items()}
+    zoos = {
+        name: Zoo(jobs[ours], count.theirs * count.repeats + 1, fused)
+        for name, ours, fused in (
+            ("zoo", "small", False),
+            ("zoo_fused", "small", True),
+            ("zoo_fewer", "small_fewer", False),
+        )
+    }
     cpu: dict[str, list[float]] = {name: [] for name in (*trainings, *zoos)}
 
     def side(name: str, take: Callable[[int], None], turn: int) -> Callable[[], float]:
+        job = jobs["small_fewer" if name.endswith("_fewer") else "small"]
+        samples = turn * job.data.batch_size
+
         def turn_of_it() -> float:
             began = time.perf_counter(), time.process_time()
             take(turn)
-            cpu[name].append(turn * batch / (time.process_time() - began[1]))
-            return turn * batch / (time.perf_counter() - began[0])
+            cpu[name].append(samples / (time.process_time() - began[1]))
+            return samples / (time.perf_counter() - began[0])
 
         return turn_of_it
 
@@ -145,13 +158,13 @@ class _Gate(Silent):
 class Zoo:
     """The model as model zoos have it, with its batches and its one optimizer for everything."""
 
-    def __init__(self, job: Job, batches: list[Batch], fused: bool) -> None:
+    def __init__(self, job: Job, num_batches: int, fused: bool) -> None:
         torch.manual_seed(1)
         self._model = ZooModel(build_schema(job.schema_, job.model))
         rate = job.optimizer.dense.lr
         parameters = list(self._model.parameters())
         self._optimizer = torch.optim.Adam(parameters, lr=rate, fused=True if fused else None)
-        self._batches, self._taken = batches, 0
+        self._batches, self._taken = _batches(job, num_batches), 0
         self.parameters = sum(parameter.numel() for parameter in parameters)
 
     def steps(self, count: int) -> None:

@@ -8,11 +8,15 @@ from benchmarks import vocabulary
 def test_the_figures_are_printed() -> None:
     found = vocabulary.main(["--quick"])
     assert found["ratios"].keys() == {"at_1.6M", "16M_of_1.6M"}
-    for name, values in {**found["ratios"], "fused_adam": found["fused_adam"]}.items():
+    assert found["beside"].keys() == {"fused_adam", "batch_64"}
+    for name, values in (found["ratios"] | found["beside"]).items():
         assert 0 < values["min"] <= values["median"] <= values["max"], name
         assert found["cpu"][name]["min"] > 0
     for rates in (found["samples_per_s"], found["samples_per_cpu_s"]):
-        assert rates.keys() == {"small", "large", "zoo", "zoo_fused"}
+        assert rates.keys() == {
+            *("small", "large", "small_fewer"),
+            *("zoo", "zoo_fused", "zoo_fewer"),
+        }
         assert all(each["min"] > 0 for each in rates.values())
     parameters = found["parameters"]
     assert parameters["ours"] == parameters["theirs"] > 16 * found["table_rows"]["small"]
