@@ -239,22 +239,57 @@ def join_but_ids(cuts: Sequence[Cut]) -> Columns:
         first.num_tasks,
         first.weighted,
         all(cut.columns.complete for cut in cuts),
-        None if first.user is None else np.concatenate([_user(cut) for cut in cuts]),
-        None if first.keys is None else _join_keys(cuts),
+        _join_user(cuts),
+        _join_keys(cuts),
         _join_bad(cuts),
     )
 
 
-def _user(cut: Cut) -> npt.NDArray[np.int32]:
-    assert cut.columns.user is not None, "either all parts know users or none does"
-    return cut.columns.user[cut.begin : cut.end]
+def shuffle_cuts(cuts: Sequence[Cut], order: npt.NDArray[np.int64]) -> Columns:
+    """`join_cuts(cuts).take(order)`: feature by feature, so that what is put in order is in the cache."""
+    first = cuts[0].columns
+    words = _shuffle([columns.words[:, begin:end] for columns, begin, end in cuts], order)
+    lists = []
+    for number in range(len(first.lists)):
+        lengths = np.concatenate([columns.lengths[number, begin:end] for columns, begin, end in cuts])
+        starts = offsets_of(lengths)[:-1].take(order, mode="clip")
+        values = np.concatenate([cut.values(number) for cut in cuts])
+        lists.append(_gather(values, starts, words[1 + number]))
+    user, keys, bad = _join_user(cuts), _join_keys(cuts), _join_bad(cuts)
+    return Columns(
+        np.concatenate([columns.rows[begin:end] for columns, begin, end in cuts]).take(order, mode="clip"),
+        _shuffle([cut.ids(slice(None)) for cut in cuts], order),
+        words,
+        tuple(lists),
+        first.num_tasks,
+        first.weighted,
+        all(cut.columns.complete for cut in cuts),
+        None if user is None else user[order],
+        None if keys is None else keys.take(pa.array(order)),
+        None if bad is None else bad[order],
+    )
 
 
-def _join_keys(cuts: Sequence[Cut]) -> pa.Table:
-    tables = []
-    for columns, begin, end in cuts:
-        assert columns.keys is not None, "either all parts have keys or none does"
-        tables.append(columns.keys.slice(begin, end - begin))
+def _shuffle(parts: Sequence[Array], order: npt.NDArray[np.int64]) -> Array:
+    """The parts, [n, ...], side by side, [n, R], and every row of that in another order."""
+    found = np.empty((len(parts[0]), len(order)), parts[0].dtype)
+    scratch = np.empty(len(order), parts[0].dtype)
+    for number, target in enumerate(found):
+        np.concatenate([part[number] for part in parts], out=scratch)
+        np.take(scratch, order, out=target, mode="clip")
+    return found
+
+
+def _join_user(cuts: Sequence[Cut]) -> npt.NDArray[np.int32] | None:
+    parts = [columns.user[begin:end] for columns, begin, end in cuts if columns.user is not None]
+    return np.concatenate(parts) if parts else None
+
+
+def _join_keys(cuts: Sequence[Cut]) -> pa.Table | None:
+    known = [(columns.keys, begin, end) for columns, begin, end in cuts if columns.keys is not None]
+    tables = [keys.slice(begin, end - begin) for keys, begin, end in known]
+    if not tables:
+        return None
     # Where a row group could not be read, nulls stand in a column that is elsewhere of the file's type.
     return pa.concat_tables(tables, promote_options="permissive")
 

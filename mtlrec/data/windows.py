@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from mtlrec.data.columns import Columns, Cut, column_names, join_cuts
+from mtlrec.data.columns import Columns, Cut, column_names, join_cuts, shuffle_cuts
 from mtlrec.data.decode import build_columns, unreadable_columns
 from mtlrec.data.negatives import Sampler
 from mtlrec.data.order import (
@@ -175,13 +175,11 @@ class Windows:
             cuts.append(Cut(group.columns, segment.begin, segment.end))
         # The lane's next window goes on in the group where this one ends.
         self._groups.hold(fill, group if fill.end < lane.rows else None)
-        columns = join_cuts(cuts)
         if not self._shuffle:
-            return columns
-        return columns.take(
-            window_permutation(
-                self._dataset.fingerprint, self._seed, fill.epoch, fill.lane, fill.window, len(columns)
-            )
+            return join_cuts(cuts)
+        rows, data = fill.end - fill.begin, self._dataset.fingerprint
+        return shuffle_cuts(
+            cuts, window_permutation(data, self._seed, fill.epoch, fill.lane, fill.window, rows)
         )
 
     def _read(self, group: int) -> Columns:

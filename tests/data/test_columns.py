@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mtlrec.data.columns import column_names, join, list_features, single_features
+from mtlrec.data.columns import Cut, column_names, join, list_features, shuffle_cuts, single_features
 from mtlrec.data.decode import build_columns
 from mtlrec.data.ids import hash_ids, rows_of
 from mtlrec.data.vocabulary import count
@@ -400,3 +400,6 @@ def test_parts_are_cut_joined_and_shuffled_alike():
     shuffled = whole.slice(7, 19).take(order)
     assert rows_in(shuffled) == [all_rows[7 + at] for at in order]
     assert rows_in(shuffled.slice(3, 9)) == rows_in(shuffled)[3:9]
+    order = np.random.default_rng(1).permutation(15)
+    cuts = [Cut(whole, 2, 9), Cut(parts[2], 0, 0), Cut(parts[3], 0, 8)]
+    assert rows_in(shuffle_cuts(cuts, order)) == [(all_rows[2:9] + all_rows[11:19])[at] for at in order]
