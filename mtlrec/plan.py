@@ -31,6 +31,9 @@ KINDS = ("table_wise", "row_wise", "column_wise", "data_parallel")
 ELEMENTWISE = ("sgd", "adagrad", "adam")
 """Table optimizers whose state, if any, is one number per weight, so that columns may part ways."""
 
+_SMALL = 0.125
+"""On a CPU, a table with at most this part of a worker's even share of all weights lies whole on one."""
+
 _RESERVED = 0.2
 """Share of a device's memory that is left to batches, activations and the process itself."""
 
@@ -151,6 +154,7 @@ def allowed_kinds(job: Job, tables: EmbeddingBagCollection, world_size: int) -> 
         if name not in names:
             raise InputError(f"run.sharding.{name}: there is no such table; tables: {', '.join(names)}")
     found: dict[str, list[str]] = {}
+    share = sum(rows * dim for _, rows, dim in _shapes(tables)) / world_size
     for name, rows, dim in _shapes(tables):
         wish = wishes if isinstance(wishes, str) else by_table.get(name, "auto")
         if wish == "data_parallel" and optimizer not in ("rowwise_adagrad", "adagrad", "sgd"):
@@ -169,6 +173,11 @@ def allowed_kinds(job: Job, tables: EmbeddingBagCollection, world_size: int) -> 
             automatic.append("row_wise")
         if world_size > 1 and optimizer in ELEMENTWISE and dim > MIN_CW_DIM:
             automatic.append("column_wise")
+        if world_size > 1 and job.run.device == "cpu":
+            # The planner's costs are those of GPUs with a fast link, under which rows would always part ways.
+            # Under gloo that moves three times the bytes: its reduce-scatter is an all-reduce. So it is for
+            # the tables that would not let the workers hold alike.
+            automatic.remove("row_wise" if rows * dim <= _SMALL * share else "table_wise")
         kinds = automatic if wish == "auto" else [str(wish)]
         if "row_wise" in kinds and -(-rows // world_size) * (world_size - 1) >= rows:
             # The last rank would get no row at all, and fbgemm's backward does not bear an empty table.
