@@ -58,11 +58,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         for workers in WORKERS[: 1 if asked.quick else None]:
             name = f"workers_{workers}"
             runs = []
-            # Checkpoints after so many steps: none, or one that is written beside training.
-            for every_steps in (None, 2):
+            # Without checkpoints; and with such as are written beside training, though only when told to.
+            for kind, section in (("plain", {}), ("saving", {"every_minutes": 1e6})):
                 for size in (small, large):
-                    job = sized.job(folder, size, workers, every_steps)
-                    runs.append(run_of(job | {"name": f"{name}-{size.table_rows}-{every_steps}"}))
+                    job = sized.job(folder, size, workers, every_steps=None)
+                    job["run"]["checkpoint"] = section
+                    runs.append(run_of(job | {"name": f"{name}-{size.table_rows}-{kind}"}))
             call = {"runs": runs, "repeats": asked.repeats, "steps": asked.steps}
             target, share = "benchmarks.memory:peaks", large.table_rows * ROW_BYTES / workers
             by_rank = run_processes(target, workers, folder / name, call, timeout=3600)
@@ -100,7 +101,7 @@ def peaks(world: Any, runs: list[dict[str, Any]], repeats: int, steps: int) -> R
         """Ends training after some steps; where a checkpoint is asked for, once that is complete."""
 
         def __init__(self, saves: bool) -> None:
-            self.asked, self.is_done = 0, not saves
+            self.asked, self.saves, self.is_done = 0, saves, not saves
             self.began, self.first_step_s = time.perf_counter(), 0.0
             self.ranks: dict[str, int] = {}
 
@@ -120,6 +121,9 @@ def peaks(world: Any, runs: list[dict[str, Any]], repeats: int, steps: int) -> R
                 raise Over
             self.asked += 1
             return False
+
+        def should_save(self) -> bool:
+            return self.saves and self.asked == 1
 
     def peak(run: dict[str, Any], saves: bool = False) -> tuple[int, Watch]:
         gc.collect()
