@@ -74,7 +74,7 @@ class Groups:
         sums = [np.zeros((num_scenarios, NUM_SUMS)) for _ in range(self.num_tasks)]
         for groups, scenario, ties, scores, labels in self._blocks():
             for total, ranked in zip(sums, rank_block(groups, scores, labels, ties, k), strict=True):
-                total += ranked.sums(scenario[ranked.some_row], num_scenarios)
+                total += ranked.sums(scenario[ranked.some_row].astype(np.int64), num_scenarios)
         return sums
 
     def arrays(self) -> _Rows:

@@ -271,10 +271,10 @@ class Metrics:
             return
         scenario = self._scenario[:rows]
         if self._groups is not None:
-            positive = self._labels[self._ranked, :rows] > 0.5
-            states = np.where(positive, np.uint8(POSITIVE), np.uint8(NEGATIVE))
-            states[~self._valid[self._ranked, :rows]] = NO_LABEL
-            scores = self._outputs[self._ranked, :rows]
+            ranked = self._ranked if len(self._ranked) < len(self.tasks) else slice(None)
+            states = np.where(self._labels[ranked, :rows] > 0.5, np.uint8(POSITIVE), np.uint8(NEGATIVE))
+            states[~self._valid[ranked, :rows]] = NO_LABEL
+            scores = self._outputs[ranked, :rows]
             self._groups.update(self._users[:rows], scenario, scores, states, self._ties[:rows])
         for t, (_, kind) in enumerate(self.tasks):
             # Scenario after scenario, of each the negative rows first; at the end those without a label.
@@ -348,12 +348,17 @@ class _Raw:
 def binary_losses(
     logits: NDArray[np.float32], labels: NDArray[np.float32]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Each row's log loss and predicted probability. A logit that is not finite gives whatever it gives."""
+    """Each row's log loss and predicted probability, to about 3e-7 of their value.
+
+    `labels`: 0 or 1. A logit that is not finite gives whatever it gives.
+    """
     with np.errstate(invalid="ignore", over="ignore"):
-        z = logits.astype(np.float64)
-        small = np.exp(-np.abs(z))
-        losses = np.maximum(z, 0) - z * labels + np.log(1 + small)
-        return losses, np.where(z >= 0, 1, small) / (1 + small)
+        # numpy's exp of float32 is several times as fast as that of float64.
+        small = np.exp(-np.abs(logits)).astype(np.float64)
+        whole = 1 + small
+        losses = np.log(whole)
+        losses += np.maximum(logits, 0) - logits * labels  # exact: it is 0 or the logit's size
+        return losses, np.where(logits >= 0, 1, small) / whole
 
 
 def regression_errors(

@@ -19,8 +19,8 @@ DEFAULT_K = 10
 NO_LABEL, NEGATIVE, POSITIVE = range(3)
 """What a row is to a task."""
 
-BLOCK_BITS = 14
-"""Rows are best ranked in blocks of about 2**14: what a block needs stays in the cache."""
+BLOCK_BITS = 15
+"""Rows are best ranked in blocks of about 2**15: what a block needs stays in the cache."""
 NUM_SUMS = 7
 """That `summary` needs."""
 
@@ -47,7 +47,7 @@ class Ranked:
     some_row: NDArray[np.int64]
     """[G] Index of one of the group's rows."""
 
-    def sums(self, part: NDArray[np.int32], num_parts: int) -> NDArray[np.float64]:
+    def sums(self, part: NDArray[np.int64], num_parts: int) -> NDArray[np.float64]:
         """[P, NUM_SUMS], for `summary`: sums over the groups of each part, which add up over parts.
 
         `part` [G]: index of each group's part.
@@ -65,7 +65,7 @@ class Ranked:
 
     def summary(self, k: int) -> dict[str, float | int | None]:
         """`summary` of all groups."""
-        return summary(self.sums(np.zeros(len(self.rows), np.int32), 1)[0], k)
+        return summary(self.sums(np.zeros(len(self.rows), np.int64), 1)[0], k)
 
     def means(self, k: int) -> dict[str, NDArray[np.float64]]:
         """The values [G] of the metrics that are plain means over groups, by metric name."""

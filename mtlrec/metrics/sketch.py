@@ -196,8 +196,11 @@ def _count_runs(
         return keys, positives, negatives
     # Running sums: faster than summing many short stretches one by one.
     last = np.append(starts[1:], len(keys)) - 1
-    return (
-        keys[starts],
-        np.diff(np.cumsum(positives)[last], prepend=0),
-        np.diff(np.cumsum(negatives)[last], prepend=0),
-    )
+    return keys[starts], _steps(np.cumsum(positives)[last]), _steps(np.cumsum(negatives)[last])
+
+
+def _steps(totals: NDArray[np.int64]) -> NDArray[np.int64]:
+    """What is added from each running total to the next, from 0 on."""
+    steps = totals.copy()
+    steps[1:] -= totals[:-1]
+    return steps
