@@ -121,7 +121,7 @@ def _control(world: Any, run: dict[str, Any], turns: Turns) -> Any:
                     self._end("ours")
                     for part, seconds in self.spent.items():
                         self.parts[part] += seconds - self.before.get(part, 0.0)
-                _rest()
+                rest()
                 self.losses["plain"].append(plain.steps(turns.settle))
                 self._begin()
                 self.losses["plain"].append(plain.steps(turns.plain))
@@ -226,7 +226,7 @@ def _timed(spent: dict[str, float]) -> Iterator[None]:
         yield
 
 
-def _rest() -> None:
+def rest() -> None:
     """Wait until this process has nothing to do: batches are ahead, the checkpoint is written."""
     until = time.monotonic() + _REST_AT_MOST_S
     while time.monotonic() < until:
