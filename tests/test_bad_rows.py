@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from mtlrec import preflight
+from mtlrec import preflight, storage
 from mtlrec.cli import main
 from mtlrec.control import Silent
 from mtlrec.data.order import Position
@@ -25,6 +25,8 @@ from mtlrec.job.job import Job, job_from_dict
 from mtlrec.preflight import Run
 from tests.data.test_quarantine import ruin_group
 from tests.small_data import small_job, write_small_data
+
+pytest_plugins = ["tests.s3_server"]
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 GROUP = 97
@@ -213,3 +215,59 @@ def test_too_many_bad_rows_are_an_error_of_the_input(
     job.write_text(yaml.safe_dump(raw))
     _, err = run(capsys, "train", str(job), "--name", "strict", code=2)
     assert "part-2.parquet: row group 1 is corrupt" in err.strip().splitlines()[-1]
+
+
+def test_on_object_storage_the_same_is_left_out_and_written_down(
+    home: Path, tmp_path: Path, bucket: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in (home / "spoiled").iterdir():
+        storage.write(f"{bucket}/spoiled/{file.name}", file.read_bytes())
+    results, records = [], []
+    for data, runs in (
+        (str(home / "spoiled"), str(tmp_path / "runs")),
+        (f"{bucket}/spoiled", f"{bucket}/runs"),
+    ):
+        raw = job_on(Path("data"), Path("runs"), run__epochs=1)
+        raw["data"]["train"], raw["run"]["storage"] = data, runs
+        (tmp_path / "job.yaml").write_text(yaml.safe_dump(raw))
+        results.append(run(capsys, "train", str(tmp_path / "job.yaml"))[0])
+        files = storage.list_files(f"{runs}/small/quarantine")
+        records.append({file.path: storage.read(file.url) for file in files})
+    for key in ("bad_rows", "rows", "steps"):
+        assert results[0][key] == results[1][key], key
+    assert results[1]["bad_rows"]["row_groups"] == 5 and records[0] == records[1]
+
+
+def test_a_small_generation_may_be_worse_than_all_of_them_together(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """3 of 4 rows are bad, behind 103 of 1,500: 7 % of all. By themselves they would be too much."""
+    data = tmp_path / "train"
+    data.mkdir()
+    for file in (home / "spoiled").iterdir():
+        (data / file.name).write_bytes(file.read_bytes())
+    raw = job_on(data, tmp_path / "runs", run__epochs=1)
+    raw["data"] |= {"follow": {"poll_s": 0.05, "idle_s": 0.1}, "max_bad_share": 0.08}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(raw))
+    first, _ = run(capsys, "train", str(tmp_path / "job.yaml"))
+    write_small_data(tmp_path / "later", rows=4, shards=1)
+    table = pq.read_table(tmp_path / "later" / "part-0.parquet")
+    rows = table.to_pylist()
+    for row in rows[1:]:
+        row["hour"] = 24
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), data / "part-7.parquet")
+    second, err = run(capsys, "train", str(tmp_path / "job.yaml"))
+    assert [each["generation"] for each in second["generations"]] == [1]
+    assert (second["rows"], second["steps"]) == (1, first["steps"] + 1)
+    assert second["bad_rows"]["rows"] == first["bad_rows"]["rows"] + 3
+    assert "3 bad rows in 1 row group, 1 file" in err, "of the measurement before it is trained"
+    found, _ = run(capsys, "inspect", second["run_dir"])
+    bad = first["bad_rows"]["rows"]
+    assert found["bad_rows"] == {"earlier_rows": 1500, "earlier_bad": bad, "epoch": 0, "epoch_bad": 3}
+    alone = small_job(data, tmp_path / "runs", "alone", data__eval=None, data__train=str(tmp_path / "alone"))
+    alone["data"] |= {"bad_rows": "skip", "max_bad_share": 0.08}
+    (tmp_path / "alone").mkdir()
+    (data / "part-7.parquet").rename(tmp_path / "alone" / "part-7.parquet")
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(alone))
+    _, err = run(capsys, "train", str(tmp_path / "job.yaml"), code=2)
+    assert "of 4 rows are bad, more than data.max_bad_share allows (0.08)" in err
