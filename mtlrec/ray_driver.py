@@ -18,7 +18,8 @@ from mtlrec import storage
 from mtlrec.importing import uncollected
 from mtlrec.job.errors import FinalFailure, InputError
 from mtlrec.job.run import MAX_WORKERS, RunSection
-from mtlrec.ray_worker import DUMP_S, INPUT, POLL_S, Board, Ending, arrow_place, first_line, work
+from mtlrec.ray_board import INPUT, Board, Ending
+from mtlrec.ray_worker import DUMP_S, POLL_S, arrow_place, first_line, work
 from mtlrec.stopping import StopRequest
 
 ROOM_S, SAY_S = 10.0, 60.0
@@ -61,6 +62,8 @@ def launch_on_ray(
         assert "ray" not in sys.modules
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        # Nobody takes away the one node of a Ray of our own.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     with uncollected():
         import ray
 
@@ -75,10 +78,10 @@ def launch_on_ray(
     ):
         with uncollected():
             import ray.train
-            from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
             from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
             from mtlrec.ray_group import Group
+            from mtlrec.ray_trainer import Trainer
 
         for logger in ("ray", "ray.train"):
             logging.getLogger(logger).setLevel(logging.ERROR)
@@ -102,8 +105,9 @@ def launch_on_ray(
             "limit_s": run.step_timeout_s,
             "stacks": stacks,
         }
-        trainer = DataParallelTrainer(
+        trainer = Trainer(
             work,  # what rank 0 returns is the result's return_value
+            own_ray=address is None,
             train_loop_config=config,
             backend_config=Group(
                 backends="cpu:gloo,cuda:nccl" if cuda else "gloo",
@@ -159,6 +163,7 @@ def _run_config(action: str, run: RunSection, name: str, scratch: str) -> Any:
 def _ray_session(ray: Any, run: RunSection, address: str | None) -> Iterator[None]:
     """A Ray of our own that ends with us, closed to strangers; or the user's cluster at `address`."""
     if address is None:
+        _leave_out_servants()
         # More workers than cores are slow, not wrong, on one's own machine.
         options: dict[str, Any] = {
             "address": "local",
@@ -181,6 +186,18 @@ def _ray_session(ray: Any, run: RunSection, address: str | None) -> Iterator[Non
         yield
     finally:
         ray.shutdown()
+
+
+def _leave_out_servants() -> None:
+    """Of a Ray of our own nobody looks at pages, nor is sent what processes log.
+
+    Ray starts the server of its pages also with `include_dashboard=False`, and waits for it; it goes on
+    without, as where that fails to start. The reader of logs looks through all of them ten times a second.
+    """
+    from ray._private.node import Node
+
+    for name in ("start_api_server", "start_log_monitor"):
+        setattr(Node, name, lambda node, **options: None)
 
 
 def _short_of(ray: Any, run: RunSection) -> str | None:

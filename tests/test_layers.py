@@ -26,7 +26,7 @@ LAYERS = """
     checkpoint.load
     safety assembly feed evaluate predict journal saver following train actions
     ---
-    importing ray_group ray_worker ray_driver launch commands cli
+    importing ray_group ray_trainer ray_board ray_worker ray_driver launch commands cli
 """
 CLIENT, TORCH, RAY = (tier.split() for tier in LAYERS.split("---"))
 PLACES = CLIENT + TORCH + RAY
