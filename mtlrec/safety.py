@@ -54,9 +54,9 @@ class Evidence:
     row_losses: torch.Tensor
     """[B, T]"""
     x: torch.Tensor
-    """[M, I], the trunk's input."""
+    """[M, I or more], the trunk's input, perhaps with its padding."""
     gradient: torch.Tensor | None
-    """[M, I], of x; None where nothing is looked up."""
+    """Of x, of the same shape; None where nothing is looked up."""
     parameters: list[str]
     """Dense parameters whose averaged gradient is not finite: the same on every rank."""
 
@@ -111,11 +111,14 @@ class Guard:
 def _examine(schema: Schema, evidence: Evidence) -> dict[str, Any]:
     """This rank's findings, as JSON: rows (numbers in the data set), and names of what is involved."""
     batch, per_positive, losses = evidence.batch, evidence.batch.per_positive, evidence.row_losses
-    inputs, outputs = ~torch.isfinite(evidence.x), ~torch.isfinite(evidence.outputs)
+    width = sum(each for _, each in _columns(schema))
+    x, outputs = evidence.x[:, :width], ~torch.isfinite(evidence.outputs)
+    inputs = ~torch.isfinite(x)
     wrong_losses = _wrong(losses, losses.sum())
     gradients = torch.zeros_like(inputs)
     if evidence.gradient is not None:
-        gradients = _wrong(evidence.gradient, torch.linalg.vector_norm(evidence.gradient))
+        gradient = evidence.gradient[:, :width]
+        gradients = _wrong(gradient, torch.linalg.vector_norm(gradient))
     model_rows = (inputs | gradients).any(dim=1) | outputs.any(dim=1)
     # Row b's negatives are the model rows B + b K to B + b K + K - 1.
     rows = model_rows[: len(losses)] | wrong_losses.any(dim=1)
@@ -129,7 +132,7 @@ def _examine(schema: Schema, evidence: Evidence) -> dict[str, Any]:
         "tasks": [task.name for task, wrong in zip(schema.tasks, tasks.tolist(), strict=True) if wrong],
         "inputs": _features(schema, inputs.any(dim=0)),
         "gradients": _features(schema, gradients.any(dim=0)),
-        "largest": _largest(schema, evidence.x, torch.cat([rows, rows.repeat_interleave(per_positive)])),
+        "largest": _largest(schema, x, torch.cat([rows, rows.repeat_interleave(per_positive)])),
         "parameters": evidence.parameters,
     }
 

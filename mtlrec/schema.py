@@ -50,6 +50,8 @@ class Lookup:
     table: str
     start: int
     width: int
+    mean: bool = False
+    """Of a list: the mean of its rows; else their sum."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +134,10 @@ class Schema:
         found: list[Lookup] = []
         start = 0
         for feature in self.id_features:
-            for table in feature.tables:
-                found.append(Lookup(feature.name, table, start, self.table_of[table].dim))
+            for name in feature.tables:
+                table = self.table_of[name]
+                mean = feature.source == "id_list" and table.pooling == "mean"
+                found.append(Lookup(feature.name, name, start, table.dim, mean))
                 start += found[-1].width
         return tuple(found)
 

@@ -1,6 +1,7 @@
 """The whole model: tables, backbone, towers.
 
-M rows (those of the batch and their negatives), E columns of embeddings, I trunk input width, T tasks.
+M rows (those of the batch and their negatives), E columns of embeddings, W width of the trunk's input with
+its padding, T tasks.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from mtlrec.batch import Batch
 from mtlrec.job.job import Job
 from mtlrec.model.backbones.registry import BACKBONES
 from mtlrec.model.dropout import Dropout
-from mtlrec.model.layers import initialise_dense
-from mtlrec.model.tables import build_tables, output_names, pool
+from mtlrec.model.layers import initialise_dense, pad_trunk
+from mtlrec.model.tables import build_tables, pool
 from mtlrec.model.towers import OutputBias, Towers
 from mtlrec.schema import Lookup, Schema, Task
 
@@ -45,7 +46,7 @@ class Recommender(nn.Module):
         self.backbone = backbone
         self.towers = towers
         self.mixed = mixed
-        self._names = output_names(lookups)
+        self._lookups = tuple(lookups)
         self._embedding_width = sum(lookup.width for lookup in lookups)
         self._dropout = dropout
 
@@ -53,20 +54,19 @@ class Recommender(nn.Module):
         return self.dense_part(self.trunk_input(batch), batch)
 
     def trunk_input(self, batch: Batch) -> torch.Tensor:
-        """[M, I] float32: pooled embeddings in the order of the lookups, then the dense numbers.
+        """[M, W] float32: pooled embeddings in the order of the lookups, the dense numbers, and the padding.
 
         With its gradient, but for the dense numbers alone where there are no tables.
         """
-        if self.tables is None:
-            return batch.dense
-        return torch.cat([*pool(self.tables, batch.ids, self._names), batch.dense], dim=1)
+        pooled = pool(self.tables, batch.ids, self._lookups) if self.tables is not None else []
+        return pad_trunk([*pooled, batch.dense])
 
     def embeddings(self, x: torch.Tensor) -> torch.Tensor:
-        """The pooled embeddings in a trunk's input [M, I]: [M, E], a view."""
+        """The pooled embeddings in a trunk's input [M, W]: [M, E], a view."""
         return x[:, : self._embedding_width]
 
     def dense_part(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Everything behind the tables: the trunk's input x [M, I] of `batch` -> outputs [M, T] float32."""
+        """Everything behind the tables: the trunk's input x [M, W] of `batch` -> outputs [M, T] float32."""
         if self._dropout is not None and self.training:
             self._dropout.begin(batch)
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.mixed):

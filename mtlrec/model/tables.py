@@ -17,8 +17,6 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from mtlrec.schema import Lookup, Schema
 
-_POOLING = {"sum": PoolingType.SUM, "mean": PoolingType.MEAN}
-
 
 def build_tables(schema: Schema, device: torch.device) -> EmbeddingBagCollection | None:
     """The schema's tables, weights unset; on the meta device they take no memory. None without tables."""
@@ -31,7 +29,9 @@ def build_tables(schema: Schema, device: torch.device) -> EmbeddingBagCollection
                 num_embeddings=table.rows,
                 embedding_dim=table.dim,
                 feature_names=list(table.features),
-                pooling=_POOLING[table.pooling],
+                # A mean is its sum divided, by `pool`: tables that pool alike are one kernel, and row-wise
+                # sharding would divide all columns of all tables.
+                pooling=PoolingType.SUM,
                 # Starting weights are set after sharding; filling them here would be wasted.
                 init_fn=_leave,
             )
@@ -53,17 +53,40 @@ def output_names(lookups: Sequence[Lookup]) -> list[str]:
     ]
 
 
-def pool(tables: nn.Module, ids: KeyedJaggedTensor, names: Sequence[str]) -> list[torch.Tensor]:
-    """Pooled embeddings of each of `names` (see `output_names`), in this order: L times [M, D] float32.
+def pool(tables: nn.Module, ids: KeyedJaggedTensor, lookups: Sequence[Lookup]) -> list[torch.Tensor]:
+    """Pooled embeddings of `lookups`, all that there are, side by side in this order: float32 parts of M
+    rows, each of one lookup or of several that follow one another.
 
-    Picked by key: the order in which a sharded collection returns them depends on its sharding plan.
+    Picked by key: the order in which a sharded collection returns them depends on its sharding plan. What
+    lies in order there is not cut, as it would be put together again, in the backward too.
     """
     pooled = tables(ids)
     if isinstance(pooled, Awaitable):
         pooled = pooled.wait()
     assert isinstance(pooled, KeyedTensor)
-    parts = dict(zip(pooled.keys(), pooled.values().split(pooled.length_per_key(), dim=1), strict=True))
-    return [parts[name] for name in names]
+    place = {name: number for number, name in enumerate(output_names(lookups))}
+    runs: list[range] = []
+    for key in pooled.keys():  # noqa: SIM118
+        at = place.pop(key)
+        if runs and runs[-1].stop == at and not (lookups[at].mean or lookups[at - 1].mean):
+            runs[-1] = range(runs[-1].start, at + 1)
+        else:
+            runs.append(range(at, at + 1))
+    assert not place, f"nothing was returned for {', '.join(place)}"
+    widths = [sum(lookups[at].width for at in run) for run in runs]
+    values = pooled.values()
+    found: list[tuple[int, torch.Tensor]] = []
+    for run, part in zip(runs, values.split(widths, dim=1) if len(runs) > 1 else [values], strict=True):
+        first = lookups[run.start]
+        found.append((run.start, part / _divisor(ids, first.feature) if first.mean else part))
+    return [part for _, part in sorted(found, key=lambda each: each[0])]
+
+
+def _divisor(ids: KeyedJaggedTensor, feature: str) -> torch.Tensor:
+    """How many ids each row has of a feature, 1 where it has none: [M, 1]."""
+    keys = ids.keys()
+    lengths = ids.lengths().view(len(keys), -1)[keys.index(feature)]
+    return lengths.clamp(min=1)[:, None]
 
 
 def _leave(weights: torch.Tensor) -> torch.Tensor:

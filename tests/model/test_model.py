@@ -239,16 +239,17 @@ def test_backbone_is_handed_embeddings_dense_numbers_and_scenario() -> None:
     width = sum(schema.table_of[lookup.table].dim for lookup in schema.lookups) + schema.dense_width
     backbone = Recording()
     batch = cut(global_rows(schema, 96, 1), schema, 0, 1)
-    towers = Towers(inputs=width, num_tasks=3, hidden=[], dropout=Dropout())
+    towers = Towers(inputs=width // 8 * 8 + 8, num_tasks=3, hidden=[], dropout=Dropout())
     model = Recommender(tables, schema.lookups, backbone, towers)
     outputs = model(batch)
     x, scenario = backbone.seen
     embeddings = model.embeddings(x)
     assert outputs.shape == (96, 3)
-    assert x.shape == (96, width)
     assert torch.equal(scenario, batch.scenario)
-    assert torch.equal(x[:, -schema.dense_width :], batch.dense)
-    assert torch.equal(x[:, : -schema.dense_width], embeddings)
+    assert torch.equal(x[:, embeddings.shape[1] : width], batch.dense)
+    # Behind them the padding, of which a layer makes its bias.
+    assert x.shape[1] % 8 == 0 and (x[:, width] == 1).all() and not x[:, width + 1 :].any()
+    assert embeddings.shape[1] == width - schema.dense_width
     embeddings.square().sum().backward()
     assert tables is not None
     assert all(weights.grad is not None and weights.grad.any() for weights in tables.parameters())

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
@@ -40,7 +42,8 @@ def test_pooled_as_one_row_at_a_time_would_be() -> None:
     rows = global_rows(schema, 48, seed=1, present=2)
     batch = cut(rows, schema, 0, 1)
     weights = {name.split(".")[1]: value for name, value in tables.named_parameters()}
-    pooled = pool(tables, batch.ids, output_names(schema.lookups))
+    parts = pool(tables, batch.ids, schema.lookups)
+    pooled = torch.cat(parts, dim=1).split([lookup.width for lookup in schema.lookups], dim=1)
     for lookup, found in zip(schema.lookups, pooled, strict=True):
         table = schema.table_of[lookup.table]
         assert found.shape == (48, lookup.width)
@@ -62,9 +65,22 @@ def test_picked_by_key_whatever_the_order() -> None:
     batch = cut(global_rows(schema, 48, seed=1), schema, 0, 1)
     names = output_names(schema.lookups)
     assert list(Shuffled(tables)(batch.ids).keys()) != names
-    expected, found = pool(tables, batch.ids, names), pool(Shuffled(tables), batch.ids, names)
-    for one, other in zip(expected, found, strict=True):
-        assert torch.equal(one, other)
+    expected = pool(tables, batch.ids, schema.lookups)
+    found = pool(Shuffled(tables), batch.ids, schema.lookups)
+    assert torch.equal(torch.cat(expected, dim=1), torch.cat(found, dim=1))
+
+
+def test_what_lies_in_order_is_not_cut() -> None:
+    schema = example_schema(example_job())
+    tables = real_tables(schema)
+    batch = cut(global_rows(schema, 48, seed=1), schema, 0, 1)
+    of = dict(zip(output_names(schema.lookups), schema.lookups, strict=True))
+    assert any(lookup.mean for lookup in of.values())
+    sums = [replace(of[key], mean=False) for key in tables(batch.ids).keys()]  # noqa: SIM118
+    (whole,) = pool(tables, batch.ids, sums)
+    last, first = pool(tables, batch.ids, [*sums[2:], *sums[:2]])
+    assert first.shape[1] == sums[0].width + sums[1].width
+    assert torch.equal(torch.cat([first, last], dim=1), whole)
 
 
 def test_names_are_those_of_the_collection() -> None:

@@ -68,7 +68,7 @@ class Factorization(nn.Module):
 
     def forward(self, x: torch.Tensor, scenario: torch.Tensor) -> torch.Tensor:
         """`scenario` int64 [M]."""
-        parts = x.split(self._widths, dim=1)
+        parts = x[:, : sum(self._widths)].split(self._widths, dim=1)
         p, q = (parts[part] for part in self._factors)
         # [M, T], or [M, 1] where one sum serves.
         score = (p * q).sum(dim=1, keepdim=True) if self.product is None else (p * q) @ self.product.t()
