@@ -6,12 +6,14 @@ T tasks.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
 from mtlrec import storage
-from mtlrec.batch import Batch
+from mtlrec.batch import Batch, carry
 from mtlrec.checkpoint.load import load_dense, load_tables
 from mtlrec.checkpoint.manifest import Manifest, broken, check_tables
 from mtlrec.distributed import World, broadcast_bytes
@@ -35,14 +37,28 @@ WEIGHTS = "weights."
 """Dense weights are kept as `weights.<parameter>`, beside the state `optimizer.<parameter>.<state>`."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Step:
     """What a step left behind."""
 
     losses: torch.Tensor
     """[T], on the device: the weighted sum of each task's loss over this rank's rows."""
-    evidence: Evidence | None
-    """Of what was not finite; then nothing has moved, on any rank. None: all is well."""
+    fit: torch.Tensor
+    """bool [], on the CPU once `written` has passed: whether the step was applied."""
+    written: torch.cuda.Event | None
+    testify: Callable[[], Evidence] | None
+    """Holds what the step computed, until somebody has asked for the evidence."""
+
+    @cached_property
+    def evidence(self) -> Evidence | None:
+        """Of what was not finite; then nothing has moved, on any rank. None: all is well.
+
+        The first to ask waits until the device has done the step's backward.
+        """
+        if self.written is not None:
+            self.written.synchronize()
+        testify, self.testify = self.testify, None
+        return None if self.fit or testify is None else testify()
 
 
 @dataclass
@@ -54,18 +70,27 @@ class Trainer:
     objective: Objective
     world: World
     step: int
+    looks: bool = field(init=False)
+    """Each step waits for its own gradients and looks whether they are finite, before anything moves. On CUDA
+    it need not: what is not finite is masked there, and whoever asks for the evidence learns it later. But
+    the tables' Adam family moves without a gradient too.
+    """
+
+    def __post_init__(self) -> None:
+        self.looks = self.world.device.type == "cpu" or self.model.counts_steps
 
     def train_step(self, batch: Batch, totals: Totals) -> Step:
         """One forward; one backward, in two parts; one dense step. A collective.
 
         The tables are updated in their backward. So the graph is cut behind them: first the backward of
         everything else, and only where all of it is finite on every rank that of the tables. Otherwise
-        nothing moves, and the step counts all the same. To the bit it is what one backward would do.
+        nothing moves, and the step counts all the same. To the bit it is what one backward would do. Where
+        nobody `looks`, the tables get a gradient of zero instead, under which they stay to the bit.
 
         `totals.amounts`: what `objective.amounts` gave, summed over the ranks.
         """
         batch = batch.to(self.world.device)
-        amounts = totals.amounts.to(self.world.device, torch.float32, non_blocking=True)
+        amounts = carry(totals.amounts.float(), self.world.device)
         model = self.model.model
         looked_up = model.trunk_input(batch)
         x = looked_up.detach().requires_grad_(looked_up.requires_grad)
@@ -77,26 +102,40 @@ class Trainer:
         if x.grad is not None:
             # As for the dense part: the tables' optimizers keep squares too.
             witnesses.append(torch.linalg.vector_norm(x.grad))
-        evidence = None
-        # On CUDA the one wait of a step: what follows cannot be taken back.
-        if self.optimizer.average(witnesses):
-            if x.grad is not None:
-                looked_up.backward(x.grad)
-            self.optimizer.step(self.step)
-        else:
+        fit = self.optimizer.average(witnesses)
+        # The next step's gradients take the place of these.
+        norms = None if self.looks else self.optimizer.norms()
+        if self.looks and not fit:
             take_back_step(self.model)
-            with torch.no_grad():
-                each = self.objective.row_losses(outputs, batch)
-            parameters = self.optimizer.not_finite()
-            evidence = Evidence(batch, outputs.detach(), each, x.detach(), x.grad, parameters)
+        else:
+            if x.grad is not None:
+                looked_up.backward(x.grad if self.looks else torch.where(fit, x.grad, 0.0))
+            self.optimizer.step(self.step, None if self.looks else fit)
         self.step += 1
-        return Step(sums.detach(), evidence)
+        outputs = outputs.detach()
+
+        def testify() -> Evidence:
+            each = self.objective.row_losses(outputs, batch)
+            parameters = self.optimizer.not_finite(norms)
+            return Evidence(batch, outputs, each, x.detach(), x.grad, parameters)
+
+        return Step(sums.detach(), *_to_host(fit), testify)
 
     def dense_tensors(self) -> dict[str, torch.Tensor]:
         """All that a checkpoint keeps beside the tables, by name, live."""
         learnt = _Learnt(self.model, self.objective).dense_parameters()
         weights = {WEIGHTS + name: tensor.detach() for name, tensor in learnt.items()}
         return weights | self.optimizer.state_tensors()
+
+
+def _to_host(flag: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    """`flag` on the CPU, once the event, if any, has passed."""
+    if flag.device.type == "cpu":
+        return flag, None
+    there = torch.empty_like(flag, device="cpu", pin_memory=True).copy_(flag, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return there, event
 
 
 @dataclass

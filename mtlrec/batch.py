@@ -67,3 +67,10 @@ class Batch:
             if (value := getattr(self, name)) is not None
         }
         return replace(self, **there)
+
+
+def carry(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small tensor of the CPU on `device`, through pinned memory: from any other, copying waits for the
+    device to have done all that it was told.
+    """
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

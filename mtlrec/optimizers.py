@@ -151,17 +151,28 @@ class DenseOptimizer:
         self._norm = torch.linalg.vector_norm(self._dense_gradient)
         return torch.isfinite(self._norm + self._slot)
 
-    def not_finite(self) -> list[str]:
-        """After `average`: names of the dense parameters whose gradient is not finite by itself."""
-        return [
-            name
-            for name, parameter in self._parameters.items()
-            if parameter.grad is not None and not torch.isfinite(torch.linalg.vector_norm(parameter.grad))
-        ]
+    def norms(self) -> list[torch.Tensor]:
+        """Of the gradient of each dense parameter, on the device: after `average`, before `step`."""
+        gradients = [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
+        return list(torch._foreach_norm(gradients))
 
-    def step(self, step: int) -> None:
-        """Apply the gradients, after `average`. `step`: how many were taken before. A collective."""
+    def not_finite(self, norms: Sequence[torch.Tensor] | None = None) -> list[str]:
+        """Names of the dense parameters whose gradient is not finite by itself: by its norm of now, or that
+        of `norms`, which were taken then.
+        """
+        of = zip(self._parameters, norms or self.norms(), strict=True)
+        return [name for name, norm in of if not torch.isfinite(norm)]
+
+    def step(self, step: int, fit: torch.Tensor | None = None) -> None:
+        """Apply the gradients, after `average`. `step`: how many were taken before. A collective.
+
+        fit: what `average` gave, where nobody has looked at it yet: if it is not so, weights and state of the
+        dense part stay as they are, and so do the data-parallel tables if their gradient is zero.
+        """
         assert self._norm is not None, "gradients are averaged first"
+        optimizer: Any = self._optimizer
+        # torch's fused optimizers ask for this on the device, and so does its own GradScaler tell them.
+        optimizer.found_inf = None if fit is None else (~fit).float()
         if self._tables:
             self._average(self._table_gradient)
         if self._section.clip_norm is not None:
@@ -169,7 +180,7 @@ class DenseOptimizer:
             self._dense_gradient *= (self._section.clip_norm / (self._norm + 1e-6)).clamp(max=1.0)
         for group in self._optimizer.param_groups:
             group["lr"] = self._section.lr * schedule_factor(self._section.schedule, step)
-        self._optimizer.step()
+        optimizer.step()
         if self._tables:
             self._tables.step()
 

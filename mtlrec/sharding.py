@@ -64,7 +64,8 @@ class ShardedModel(nn.Module):
         self.model = model
         self.plan = plan
         self.replicated = replicated
-        self._counts_steps = optimizer in _ADAM_FAMILY
+        self.counts_steps = optimizer in _ADAM_FAMILY
+        """Its step depends on how many steps came before, and it moves rows that have no gradient."""
 
     def forward(self, batch: Batch) -> torch.Tensor:
         outputs: torch.Tensor = self.model(batch)
@@ -180,7 +181,7 @@ def initialise_tables(model: ShardedModel, seed: int, scale: float) -> None:
 
 def set_step(model: ShardedModel, step: int) -> None:
     """Tell the table optimizers how many steps were taken: after loading. Only the Adam family minds."""
-    if model._counts_steps:
+    if model.counts_steps:
         for module in _fused_modules(model):
             module.iter.fill_(step)
             module.iter_cpu.fill_(step)
@@ -191,7 +192,7 @@ def take_back_step(model: ShardedModel) -> None:
 
     fbgemm counts every forward as a step of the optimizer. Only the Adam family minds.
     """
-    if model._counts_steps:
+    if model.counts_steps:
         for module in _fused_modules(model):
             module.iter.add_(-1)
             module.iter_cpu.add_(-1)

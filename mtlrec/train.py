@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mtlrec import heap, storage, watchdog
-from mtlrec.assembly import Trainer, assemble
+from mtlrec.assembly import Step, Trainer, assemble
+from mtlrec.batch import Batch
 from mtlrec.checkpoint import folder
 from mtlrec.checkpoint.manifest import read_manifest
 from mtlrec.checkpoint.save import finish
@@ -28,7 +29,7 @@ from mtlrec.job.errors import InputError
 from mtlrec.job.job import job_from_dict
 from mtlrec.journal import Journal
 from mtlrec.judge import Judge
-from mtlrec.lockstep import BrokenOff, in_step, together
+from mtlrec.lockstep import BrokenOff, Totals, in_step, together
 from mtlrec.preflight import RESULT, Run, asked_of
 from mtlrec.safety import Guard, Skipped
 from mtlrec.saver import Saver
@@ -153,6 +154,17 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
     return result
 
 
+@dataclass(frozen=True)
+class _Taken:
+    """A step that was taken, its number from 1 on, and where the run stood before it."""
+
+    step: int
+    before: Position
+    batch: Batch
+    totals: Totals
+    done: Step
+
+
 @dataclass
 class _Session:
     """One start of a run: what its passes over data share, and where it stands. Every rank has one."""
@@ -171,6 +183,8 @@ class _Session:
     """Of this very step, on data.eval."""
     stopped: bool = False
     """The run ends because it was asked to."""
+    untold: _Taken | None = None
+    """The last step, as long as guard and journal have not heard of it."""
 
     def train_on(self, feed: Feed, reader: Reader) -> None:
         """Train to the end of the reader's data, or until the run is stopped or over."""
@@ -190,12 +204,16 @@ class _Session:
                 feed.tally.add(feed.dataset, self.position, batch.position, totals.rows)
             journal.start_step()
             done = trainer.train_step(batch, totals)
-            self.guard.consider(trainer.step, self.position, totals.rows, feed.dataset, done.evidence)
-            journal.end_step(batch, totals, done.losses if done.evidence is None else None)
+            # Of the step before, while the device is busy with this one.
+            self.tell(feed)
+            self.untold = _Taken(trainer.step, self.position, batch, totals, done)
             saver.advance(*saving)
             before, self.position = self.position, batch.position
             self.saved, self.measured, ended = None, None, trainer.step == total
-            if judge.is_due(trainer.step, before, self.position, ended):
+            is_due = judge.is_due(trainer.step, before, self.position, ended)
+            if trainer.looks or is_due or report or stop or ended or saver.is_due(trainer.step):
+                self.tell(feed)
+            if is_due:
                 journal.report()
                 journal.pause()
                 self.measure(feed)
@@ -208,6 +226,18 @@ class _Session:
             if self.stopped or ended:
                 break
         journal.pause()
+
+    def tell(self, feed: Feed) -> None:
+        """Tell guard and journal of the step that they have not heard of, if there is one.
+
+        On CUDA that is one step late, so that nobody waits for the device in a step; whatever reads or keeps
+        what they know comes behind it.
+        """
+        taken, self.untold = self.untold, None
+        if taken is not None:
+            evidence, rows = taken.done.evidence, taken.totals.rows
+            self.guard.consider(taken.step, taken.before, rows, feed.dataset, evidence)
+            self.journal.end_step(taken.batch, taken.totals, taken.done.losses if evidence is None else None)
 
     def measure(self, feed: Feed) -> None:
         """Score data.eval, and let the judge decide. A collective.

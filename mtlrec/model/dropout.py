@@ -13,7 +13,7 @@ import hashlib
 import torch
 from torch import nn
 
-from mtlrec.batch import Batch
+from mtlrec.batch import Batch, carry
 
 _GAMMA = 0x9E3779B97F4A7C15
 _FACTORS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
@@ -57,7 +57,7 @@ class Dropout:
         if not self:
             return
         device = batch.dense.device
-        rows = batch.rows.to(device, non_blocking=True)
+        rows = carry(batch.rows, device)
         start = _mix_number(_mix_number(self._seed) + batch.step * _GAMMA)
         keys = _mix(rows * _signed(_GAMMA) + _signed(start))
         if batch.negatives is not None:

@@ -34,7 +34,6 @@ class Objective(nn.Module):
 
     _weights: torch.Tensor
     _by_batch: torch.Tensor
-    _pairwise: torch.Tensor
     _halved: torch.Tensor
     _factor: torch.Tensor
     _shift: torch.Tensor
@@ -64,7 +63,6 @@ class Objective(nn.Module):
 
         constant("_weights", [task.weight for task in schema.tasks])
         constant("_by_batch", [task.normalise == "batch" for task in schema.tasks])
-        constant("_pairwise", [kind == "pairwise" for kind in self._kinds])
         constant("_halved", [0.5 if kind == "regression" else 1.0 for kind in self._kinds])
         # What the model learns of a label y: y * factor + shift.
         constant("_factor", [(1.0 - task.label_smoothing) / task.std for task in schema.tasks])
@@ -152,8 +150,11 @@ class Objective(nn.Module):
         if "pairwise" not in self._kinds:
             return batch.valid
         assert batch.negatives is not None, "a pairwise task is sampled"
-        against = (batch.labels > 0.5) & batch.negatives.any(dim=1, keepdim=True)
-        return batch.valid & (against | ~self._pairwise)
+        trains, any_drawn = batch.valid.clone(), batch.negatives.any(dim=1)
+        for task, kind in enumerate(self._kinds):
+            if kind == "pairwise":
+                trains[:, task] &= (batch.labels[:, task] > 0.5) & any_drawn
+        return trains
 
 
 def build_objective(job: Job, schema: Schema) -> Objective:
