@@ -2,20 +2,20 @@
 
     python -m benchmarks end_to_end [--repeats 5] [--folder FOLDER] [--quick]
 
-Ours is `mtlrec.train.train`, whole: it reads 17 Parquet columns with a list, hashes ids, shuffles, exchanges
-amounts, keeps losses, shows progress, writes TensorBoard events, and writes a checkpoint of all tables beside
-training every 208 steps (every half minute here; real runs save less often). The other side is
-`benchmarks/plain.py`: the same model and optimizers in plain TorchRec, its batches built before, no metrics
-and no checkpoints. Both live in the same processes and take turns (`benchmarks/turns.py`), 1 worker and 2
-workers with one thread and one core each, 4096 rows a worker and step, 11 tables x 16
-(`benchmarks/sized.py`).
+Ours is `mtlrec.train.train`, whole: it reads 17 Parquet columns with a list (from a disk whose pages are in
+memory after the first epoch), hashes ids, shuffles, exchanges amounts, keeps losses, shows progress, writes
+TensorBoard events, and writes a checkpoint of all tables beside training every 208 steps (every half minute
+here; real runs save less often). The other side is `benchmarks/plain.py`: the same model and optimizers in
+plain TorchRec, its batches built before, no metrics and no checkpoints. They take turns
+(`benchmarks/turns.py`), 1 worker and 2 workers with one thread and one core each, 4096 rows a worker and
+step, 11 tables x 16 (`benchmarks/sized.py`).
 
 `workers_1`, `workers_2`: samples/s of each turn of ours, over the mean of the plain turns before and behind
 it. `cpu`: the plain side's processor time for a row over ours, reading and saving included. `parts`:
 milliseconds of a step, of rank 0. Both sides learn as many numbers (`parameters`), and the summed loss of
 both tasks falls (`losses`: first and last).
 
-About 6 minutes, 2 GiB of memory, 1 GiB on the disk. `--quick`: a few seconds at a size that says nothing.
+About 6 minutes, 5 GiB of memory, 1 GiB on the disk. `--quick`: a few seconds at a size that says nothing.
 """
 
 from __future__ import annotations

@@ -1,17 +1,22 @@
-"""Our training loop and plain TorchRec in turn, in the same processes: what end_to_end and scaling time.
+"""Our training loop and plain TorchRec in turn: what end_to_end and scaling time.
 
-The loop of `mtlrec.train` asks its `Control` once a step whether to stop. There, every so many steps, the
-plain side takes its turn, so that both meet the same noise and caches of this machine. Ours is timed from one
-question to another: everything that lies between is in it, the reader's and the checkpoint's threads too.
-Before the plain side's turn those have come to rest, so that they take nothing from it.
+Each of our workers has a twin, a process of the plain side: what ours sets for its process
+(`mtlrec/heap.py`) is not to help the other side. The loop of `mtlrec.train` asks its `Control` once a step
+whether to stop. There, every so many steps, it waits while the twins take their turn, so that both sides
+meet the same noise of this machine. Ours is timed from one question to another: everything that lies
+between is in it, the reader's and the checkpoint's threads too. Before the twins' turn those have come to
+rest, so that they take nothing from it.
 
-Each worker process has one arithmetic thread and, where the machine has as many, one core: the threads that
-read and save share it with the step.
+Each process has one arithmetic thread and, where the machine has as many, each worker one core, which it
+shares with its twin: the threads that read and save share it with the step.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -62,32 +67,100 @@ def take_turns(folder: Path, size: Size, workers: int, turns: Turns) -> list[Res
         "attempt": 1,
         "fingerprint": Dataset.open(parsed.data.train, schema.columns()).fingerprint,
     }
-    call = {"run": run, "turns": asdict(turns)}
+    call = {"run": run, "turns": asdict(turns), "folder": str(folder / f"{workers}")}
     return run_processes("benchmarks.turns:work", workers, folder / f"{workers}", call, timeout=1800)
 
 
-def work(world: Any, run: dict[str, Any], turns: dict[str, Any]) -> Results:
+def work(world: Any, run: dict[str, Any], turns: dict[str, Any], folder: str) -> Results:
     """In a worker. By side: `wall` and `cpu`, seconds of each turn of this process (the plain side has one
     more, before and behind each of ours); `parts`, milliseconds of a step; `losses`, first and last;
-    `parameters`.
+    `parameters`. `folder`: where the twins meet.
     """
     from mtlrec.preflight import Run
     from mtlrec.train import train
 
     if world.world_size <= (os.cpu_count() or 1):
         os.sched_setaffinity(0, {world.rank})
-    control = _control(world, run, Turns(**turns))
-    with _timed(control.spent):
-        result = train(Run(**run), world, control)
-    return control.found(result["parameters"])
+    with _Twin(folder, world.rank, world.world_size, run, Turns(**turns)) as twin:
+        control = _control(world, Turns(**turns), twin)
+        with _timed(control.spent):
+            result = train(Run(**run), world, control)
+        return control.found(result["parameters"])
 
 
-def _control(world: Any, run: dict[str, Any], turns: Turns) -> Any:
+class _Twin:
+    """The process of the plain side beside one of our workers. A line to it is a turn, a line from it what
+    came of it: `wall` and `cpu`, seconds of the timed steps; `losses`, of the first step of all and the last;
+    `parts`, seconds of a step; `parameters`.
+    """
+
+    def __init__(self, folder: str, rank: int, workers: int, run: dict[str, Any], turns: Turns) -> None:
+        call = {"folder": folder, "rank": rank, "workers": workers, "run": run, "turns": asdict(turns)}
+        command = [sys.executable, "-m", "benchmarks.turns", json.dumps(call)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._to, self._of = self._process.stdin, self._process.stdout
+
+    def take_turn(self) -> dict[str, Any]:
+        self._to.write(b"\n")
+        self._to.flush()
+        said = self._of.readline()
+        assert said, "the plain side has ended"
+        found: dict[str, Any] = json.loads(said)
+        return found
+
+    def __enter__(self) -> _Twin:
+        # Its model is there before ours starts.
+        assert self._of.readline(), "the plain side has ended"
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._to.close()
+        if error[0] is not None:
+            self._process.kill()
+        self._process.wait()
+
+
+def be_twin(folder: str, rank: int, workers: int, run: dict[str, Any], turns: Turns) -> None:
+    """In the process of the plain side: take a turn for each line of stdin."""
+    import datetime
+
+    import torch
+    import torch.distributed as dist
+
+    from mtlrec.distributed import shut_down, this_world
+
+    # Libraries may print.
+    answers, sys.stdout = sys.stdout, sys.stderr
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/twins", workers)
+    limit = datetime.timedelta(seconds=1800)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=workers, timeout=limit)
+    plain = _plain(this_world("cpu"), run)
+    first = plain.steps(1)
+    plain.steps(turns.settle)
+    print("ready", file=answers, flush=True)
+    while sys.stdin.readline():
+        plain.steps(turns.settle)
+        wall, cpu = time.perf_counter(), time.process_time()
+        last = plain.steps(turns.plain)
+        found = {
+            "wall": time.perf_counter() - wall,
+            "cpu": time.process_time() - cpu,
+            "losses": [first, last],
+            "parts": {part: seconds / plain.taken for part, seconds in plain.seconds.items()},
+            "parameters": plain.parameters,
+        }
+        print(json.dumps(found), file=answers, flush=True)
+    shut_down()
+
+
+def _control(world: Any, turns: Turns, twin: _Twin) -> Any:
     """The control through which the sides alternate; made here, for it imports torch."""
     from mtlrec.control import Silent
     from mtlrec.display import Display
+    from mtlrec.distributed import all_ok
 
-    plain = _plain(world, run)
     display = Display() if world.rank == 0 else None
     # Checkpoints are due at multiples of a period: in the middle of each turn.
     first = turns.period // 2
@@ -95,20 +168,19 @@ def _control(world: Any, run: dict[str, Any], turns: Turns) -> Any:
     class Control(Silent):
         def __init__(self) -> None:
             self.asked = self.saved = 0
-            self.wall: dict[str, list[float]] = {"ours": [], "plain": []}
-            self.cpu: dict[str, list[float]] = {"ours": [], "plain": []}
+            self.ours: dict[str, list[float]] = {"wall": [], "cpu": [], "losses": []}
+            self.plain: list[dict[str, Any]] = []
             self.spent: dict[str, float] = defaultdict(float)
             """By our side in each part of a step so far, in seconds; during its turns alone: `parts`."""
             self.before: dict[str, float] = {}
             self.began = (0.0, 0.0)
             self.parts: dict[str, float] = defaultdict(float)
-            self.losses: dict[str, list[float]] = {"ours": [], "plain": []}
 
         def show(self, event: dict[str, Any]) -> None:
             if display is not None:
                 display.handle(event)
             if event["kind"] == "progress" and event["what"] == "train":
-                self.losses["ours"].append(sum(event["losses"].values()))
+                self.ours["losses"].append(sum(event["losses"].values()))
             self.saved += event["kind"] == "saved"
 
         def should_stop(self) -> bool:
@@ -118,40 +190,37 @@ def _control(world: Any, run: dict[str, Any], turns: Turns) -> Any:
                 return False
             if step == 0:
                 if number:
-                    self._end("ours")
+                    self.ours["wall"].append(time.perf_counter() - self.began[0])
+                    self.ours["cpu"].append(time.process_time() - self.began[1])
                     for part, seconds in self.spent.items():
                         self.parts[part] += seconds - self.before.get(part, 0.0)
                 rest()
-                self.losses["plain"].append(plain.steps(turns.settle))
-                self._begin()
-                self.losses["plain"].append(plain.steps(turns.plain))
-                self._end("plain")
+                all_ok(None, world)
+                self.plain.append(twin.take_turn())
             elif step == turns.settle:
                 self.before = dict(self.spent)
-                self._begin()
+                self.began = time.perf_counter(), time.process_time()
             return number == turns.repeats
-
-        def _begin(self) -> None:
-            self.began = time.perf_counter(), time.process_time()
-
-        def _end(self, side: str) -> None:
-            self.wall[side].append(time.perf_counter() - self.began[0])
-            self.cpu[side].append(time.process_time() - self.began[1])
 
         def found(self, parameters: dict[str, int]) -> Results:
             steps = turns.repeats * turns.ours
-            rest = sum(self.wall["ours"]) - sum(self.parts.values())
-            ours = {part: seconds / steps for part, seconds in {**self.parts, "rest": rest}.items()}
-            theirs = {part: seconds / plain.taken for part, seconds in plain.seconds.items()}
+            parts = {part: seconds / steps for part, seconds in self.parts.items()}
+            parts["rest"] = sum(self.ours["wall"]) / steps - sum(parts.values())
+            losses = self.ours["losses"]
+            last = self.plain[-1]
             return {
-                "wall": self.wall,
-                "cpu": self.cpu,
+                clock: {"ours": self.ours[clock], "plain": [each[clock] for each in self.plain]}
+                for clock in ("wall", "cpu")
+            } | {
                 "parts": {
                     side: {part: round(1000 * seconds, 2) for part, seconds in each.items()}
-                    for side, each in (("ours", ours), ("plain", theirs))
+                    for side, each in (("ours", parts), ("plain", last["parts"]))
                 },
-                "losses": {side: [each[0], each[-1]] if each else [] for side, each in self.losses.items()},
-                "parameters": {"ours": parameters, "plain": plain.parameters},
+                "losses": {
+                    "ours": [losses[0], losses[-1]] if losses else [],
+                    "plain": last["losses"],
+                },
+                "parameters": {"ours": parameters, "plain": last["parameters"]},
                 "saved": self.saved,
             }
 
@@ -235,3 +304,8 @@ def rest() -> None:
         if time.process_time() - before < _REST_S / 10:
             return
     raise AssertionError("the threads that read and save do not come to rest")
+
+
+if __name__ == "__main__":
+    told = json.loads(sys.argv[1])
+    be_twin(**{**told, "turns": Turns(**told["turns"])})
