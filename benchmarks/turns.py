@@ -40,8 +40,8 @@ class Turns:
     """How the sides alternate. Each turn begins with `settle` steps that are not timed."""
 
     repeats: int
-    ours: int = 200
-    plain: int = 60
+    ours: int = 160
+    plain: int = 40
     settle: int = 8
     saves: bool = True
     """Each turn of ours has a checkpoint in its middle; else there is none but at the end."""
