@@ -4,8 +4,8 @@
 
 Ours is `mtlrec.train.train`, whole: it reads 17 Parquet columns with a list (from a disk whose pages are in
 memory after the first epoch), hashes ids, shuffles, exchanges amounts, keeps losses, shows progress, writes
-TensorBoard events, and writes a checkpoint of all tables beside training every 208 steps (every half minute
-here; real runs save less often). The other side is `benchmarks/plain.py`: the same model and optimizers in
+TensorBoard events, and writes a checkpoint of all tables beside training every 168 steps (every 20 s here;
+real runs save less often). The other side is `benchmarks/plain.py`: the same model and optimizers in
 plain TorchRec, its batches built before, no metrics and no checkpoints. They take turns
 (`benchmarks/turns.py`), 1 worker and 2 workers with one thread and one core each, 4096 rows a worker and
 step, 11 tables x 16 (`benchmarks/sized.py`).
