@@ -9,8 +9,9 @@
   zoos do beside that and this does not: a DataLoader, padded lists, a penalty over whole tables.
 
 Beside the ratios: `fused_adam`, against the same with Adam's `fused=True`, which zoos do not use: the most
-that this way can give. `batch_1024`: both with smaller batches, as zoos have them (DeepCTR 256, RecBole 2048
-unless told otherwise): a step of theirs costs what all parameters cost, however few rows it has.
+that this way can give. `batch_1024`, `batch_256`: both sides with smaller batches, as zoos have them (DeepCTR
+256, RecBole 2048 unless told otherwise). A step of theirs costs what all parameters cost, however few rows it
+has: the ratio is the greater the smaller the batch, and `at_1.6M` is its least.
 
 All sides have one arithmetic thread, batches of 4096 otherwise, and one core, on which our reader's threads
 run too; they take turns of some steps in one process. Ids are uniform over all rows, and no row of the data
@@ -35,7 +36,7 @@ from tests.distributed.processes import run_processes
 
 SCALE = 10
 """So much larger are the larger tables."""
-FEWER = 4
+FEWER = (4, 16)
 """So much smaller are the smaller batches."""
 MUST = {"at_1.6M": (10.0, 20.0), "16M_of_1.6M": (0.85, None)}
 
@@ -59,8 +60,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         folder = Path(scratch)
         sized.write_data(folder, large)
         runs = {}
-        fewer = replace(small, batch=small.batch // FEWER)
-        for name, size in (("small", small), ("large", large), ("small_fewer", fewer)):
+        batches = [small.batch // fewer for fewer in FEWER]
+        sizes = {"small": small, "large": large}
+        sizes |= {f"small_{batch}": replace(small, batch=batch) for batch in batches}
+        for name, size in sizes.items():
             job = sized.job(folder, size, workers=1, every_steps=None)
             runs[name] = run_of(job | {"name": name})
         call = {"runs": runs, "steps": steps}
@@ -70,7 +73,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             "at_1.6M": of_each(rates["small"], rates["zoo"]),
             "16M_of_1.6M": of_each(rates["large"], rates["small"]),
             "fused_adam": of_each(rates["small"], rates["zoo_fused"]),
-            f"batch_{fewer.batch}": of_each(rates["small_fewer"], rates["zoo_fewer"]),
+            **{f"batch_{each}": of_each(rates[f"small_{each}"], rates[f"zoo_{each}"]) for each in batches},
         }
         for rates in (found["wall"], found["cpu"])
     )

@@ -42,26 +42,24 @@ class Steps:
 def rates(world: World, runs: dict[str, dict[str, Any]], steps: dict[str, int]) -> Results:
     """In the worker: samples a second and a second of processor time, of each turn of each side.
 
-    `runs`: of ours, "small" and "large", and "small_fewer", with smaller batches; theirs are "zoo",
-    "zoo_fused" and "zoo_fewer".
+    `runs`: of ours, "small", "large" and, with other batches, "small_BATCH". Theirs are "zoo", "zoo_fused"
+    and "zoo_BATCH".
     """
     count = Steps(**steps)
-    os.sched_setaffinity(0, {0})
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     trainings = {name: Training(Run(**run), world) for name, run in runs.items()}
     jobs = {name: job_from_dict(run["job"], "benchmark") for name, run in runs.items()}
+    jobs |= {name.replace("small", "zoo"): job for name, job in jobs.items() if name.startswith("small")}
+    jobs["zoo_fused"] = jobs["zoo"]
     zoos = {
-        name: Zoo(jobs[ours], count.theirs * count.repeats + 1, fused)
-        for name, ours, fused in (
-            ("zoo", "small", False),
-            ("zoo_fused", "small", True),
-            ("zoo_fewer", "small_fewer", False),
-        )
+        name: Zoo(job, count.theirs * count.repeats + 1, fused=name == "zoo_fused")
+        for name, job in jobs.items()
+        if name.startswith("zoo")
     }
     cpu: dict[str, list[float]] = {name: [] for name in (*trainings, *zoos)}
 
     def side(name: str, take: Callable[[int], None], turn: int) -> Callable[[], float]:
-        job = jobs["small_fewer" if name.endswith("_fewer") else "small"]
-        samples = turn * job.data.batch_size
+        samples = turn * jobs[name].data.batch_size
 
         def turn_of_it() -> float:
             began = time.perf_counter(), time.process_time()
