@@ -198,7 +198,7 @@ class Cut(NamedTuple):
     def values(self, number: int) -> Array:
         """All ids of a list feature."""
         lists = self.columns.lists[number]
-        return lists.values[lists.offsets[self.begin] : lists.offsets[self.end]]
+        return lists.values[lists.offsets.item(self.begin) : lists.offsets.item(self.end)]
 
 
 def single_features(schema: Schema) -> tuple[IdFeature, ...]:

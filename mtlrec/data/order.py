@@ -94,9 +94,11 @@ def _permutation(size: int, key: str) -> npt.NDArray[np.int64]:
     digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
     draws = np.random.Philox(key=np.frombuffer(digest, "<u8").astype(np.uint64)).random_raw(size)
     low = np.uint64((1 << max(size - 1, 0).bit_length()) - 1)
-    draws = (draws & ~low) | np.arange(size, dtype=np.uint64)
+    draws &= ~low
+    draws |= np.arange(size, dtype=np.uint64)
     draws.sort()
-    return (draws & low).astype(np.int64)
+    draws &= low
+    return draws.view(np.int64)
 
 
 def lane_rows(num_rows: int, lanes: int) -> tuple[int, ...]:

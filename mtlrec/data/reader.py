@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType, TracebackType
 from typing import Any, NamedTuple
 
@@ -334,8 +334,9 @@ class _Builder:
                 behind = self._stride + np.flatnonzero(present)
                 parts = [_Part([_all_of(drawn)], drawn, behind)]
             parts.insert(0, _Part(cuts, join_but_ids(cuts), slice(0, num_rows)))
-        dense = np.zeros((self._model_rows, self._num_dense), np.float32)
-        scenario = np.zeros(self._model_rows, np.int64)
+        blank = self._blank(num_rows)
+        dense = blank((self._model_rows, self._num_dense), np.float32)
+        scenario = blank(self._model_rows, np.int64)
         for part in parts:
             scenario[part.places] = part.rest.scenario
             # Number by number: numpy copies a row of three numbers no faster than one of a hundred.
@@ -344,7 +345,7 @@ class _Builder:
         labels = np.zeros((self._stride, self._num_tasks), np.float32)
         valid = np.zeros((self._stride, self._num_tasks), np.bool_)
         rows = np.full(self._stride, -1, np.int64)
-        weight = np.zeros(self._stride, np.float32) if self._weighted else None
+        weight = blank(self._stride, np.float32) if self._weighted else None
         whole = parts[0].rest if parts else None
         if whole is not None:
             rows[:num_rows] = whole.rows
@@ -370,15 +371,19 @@ class _Builder:
             bad=None if whole is None else whole.bad,
         )
 
+    def _blank(self, num_rows: int) -> Callable[..., _Array]:
+        """Makes what is padded with zeros, where there is padding."""
+        return np.empty if num_rows == self._model_rows else np.zeros
+
     def _jagged(self, parts: Sequence[_Part]) -> KeyedJaggedTensor:
         """Values of feature 0 for all rows, then of feature 1, and so on; lengths [F * M] likewise.
 
         Rows that no part has have no ids.
         """
-        lengths = np.zeros((len(self._names), self._model_rows), np.int32)
         cuts = [cut for part in parts for cut in part.cuts]
         complete = all(part.rest.complete for part in parts)
         num_rows = sum(cut.end - cut.begin for cut in cuts)
+        lengths = self._blank(num_rows)((len(self._names), self._model_rows), np.int32)
         # By run of features: arrays that stand side by side, [features, rows of the cut].
         pieces: list[list[_Array]] = []
         per_feature: list[int] = []
