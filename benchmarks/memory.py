@@ -14,7 +14,7 @@ what a worker has by contract then, so that 2 is what can be reached. `resumed`:
 on, without another, once. `ranks`: on how many workers each of the
 two large tables lies. `first_step_s`: from the start of training to the first step, the slowest.
 
-The full size takes five minutes, 8 GiB of memory and 3 GiB on the disk; `--quick` 15 s.
+The full size takes five minutes, 6 GiB of memory and 3 GiB on the disk; `--quick` 15 s.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ comes twice, so that lookups miss the caches as often as they can; logs are kind
 
 `at_1.6M`: ours / theirs. `16M_of_1.6M`: ours with 16M rows / ours with 1.6M.
 
-The full size takes four minutes, 4 GiB of memory and 0.5 GiB on the disk; `--quick` 15 s.
+The full size takes four minutes, 5 GiB of memory and 0.5 GiB on the disk; `--quick` 15 s.
 """
 
 from __future__ import annotations
