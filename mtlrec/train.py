@@ -112,7 +112,8 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
         if judge.owes:
             session.measure(feed)
         if reader is not None:
-            session.train_on(feed, reader)
+            if not session.stopped:
+                session.train_on(feed, reader)
             reader.close()
         if following is not None:
             session.follow(following, feed)
@@ -193,7 +194,7 @@ class _Session:
         most = feed.job.run.max_steps
         total = min(total, most) if most else total
         journal.expect(total)
-        if trainer.step >= total or judge.is_over or self.stopped:
+        if trainer.step >= total or judge.is_over:
             return
         saver.feed = feed
         signals = lambda: (self.control.should_stop(), journal.due(), *saver.signals())  # noqa: E731
@@ -221,8 +222,7 @@ class _Session:
             self.stopped = self.stopped or (stop and not ended)
             if report or self.stopped or ended:
                 journal.report()
-            if self.saved is None and saver.is_due(trainer.step):
-                self.saved = saver.save(trainer, self.position, self.measured, last=self.stopped or ended)
+            self.save_if_due(last=self.stopped or ended)
             if self.stopped or ended:
                 break
         journal.pause()
@@ -314,6 +314,11 @@ class _Session:
                 decay_state(trainer.model, section.state_decay)
             with feed.reader(self.position, trainer.step, world) as reader:
                 self.train_on(feed, reader)
+
+    def save_if_due(self, last: bool) -> None:
+        """Begin a checkpoint where this step has none yet and should. last: nothing is trained behind it."""
+        if self.saved is None and self.saver.is_due(self.trainer.step):
+            self.saved = self.saver.save(self.trainer, self.position, self.measured, last=last)
 
     def save(self) -> None:
         """See to it that there is a complete checkpoint of this very step."""
