@@ -164,7 +164,9 @@ class _Forked:
 
     def _listen(self) -> None:
         """The server says two numbers, each a line: the child's id, and later its exit code."""
-        number = int(self._says.readline())
+        line = self._says.readline()
+        assert line, "the process that ranks are forked from has ended"
+        number = int(line)
         if self._pid is None:
             self._pid = number
         else:
