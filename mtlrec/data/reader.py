@@ -239,7 +239,8 @@ class _Steps:
 
     def __iter__(self) -> Iterator[tuple[list[Cut], Position]]:
         position = self._position
-        windows: dict[int, tuple[Columns, int]] = {}  # of each lane, and how many of its rows are used
+        # Of each lane, and how many of its rows are used, of how many.
+        windows: dict[int, tuple[Columns, int, int]] = {}
         while position.epoch < self._epochs:
             if steps_left(self._rows, position.done, self._rows_per_step) == 0:
                 position = advance(position, self._rows, self._rows_per_step)
@@ -254,13 +255,16 @@ class _Steps:
                             return  # closed
                         fill, columns = taken
                         assert (fill.epoch, fill.lane) == (position.epoch, lane)
-                        windows[lane] = columns, fill.done
-                    columns, used = windows.pop(lane)
-                    end = min(used + missing, len(columns))
+                        windows[lane] = columns, fill.done, len(columns)
+                    columns, used, size = windows[lane]
+                    end = used + missing
+                    if end < size:
+                        windows[lane] = columns, end, size
+                    else:
+                        end = size
+                        del windows[lane]
                     cuts.append(Cut(columns, used, end))
                     missing -= end - used
-                    if end < len(columns):
-                        windows[lane] = columns, end
             position = advance(position, self._rows, self._rows_per_step)
             yield cuts, position
 
@@ -382,28 +386,30 @@ class _Builder:
         """
         cuts = [cut for part in parts for cut in part.cuts]
         complete = all(part.rest.complete for part in parts)
-        num_rows = sum(cut.end - cut.begin for cut in cuts)
+        num_rows = sum(len(part.rest) for part in parts)
         lengths = self._blank(num_rows)((len(self._names), self._model_rows), np.int32)
-        # By run of features: arrays that stand side by side, [features, rows of the cut].
-        pieces: list[list[_Array]] = []
+        # By run of features: how many values, and arrays of them, [..., rows or ids of a cut].
+        pieces: list[tuple[int, list[_Array]]] = []
         per_feature: list[int] = []
         for features, numbers, is_list in self._runs:
             if is_list:
-                pieces.append([cut.values(numbers.start)[None] for cut in cuts])
-                per_feature.append(sum(piece.size for piece in pieces[-1]))
+                arrays = [cut.values(numbers.start) for cut in cuts]
+                per_feature.append(sum(map(len, arrays)))
+                pieces.append((per_feature[-1], arrays))
                 for part in parts:
                     lengths[features, part.places] = part.rest.lengths[numbers]
                 continue
-            pieces.append([cut.ids(numbers) for cut in cuts])
+            arrays = [cut.ids(numbers) for cut in cuts]
             count = features.stop - features.start
             if complete:
                 per_feature += [num_rows] * count
+                pieces.append((num_rows * count, arrays))
                 for part in parts:
                     lengths[features, part.places] = 1
             else:
-                ids = np.concatenate(pieces[-1], axis=1)
+                ids = np.concatenate(arrays, axis=1)
                 present = ids >= 0
-                pieces[-1] = [ids[present][None]]
+                pieces.append((np.count_nonzero(present), [ids[present]]))
                 per_feature += present.sum(axis=1).tolist()
                 begin = 0
                 for part in parts:
@@ -412,11 +418,11 @@ class _Builder:
                     begin = end
         values = np.empty(sum(per_feature), np.int64)
         begin = 0
-        for run in pieces:
-            if run:
-                end = begin + sum(piece.size for piece in run)
-                np.concatenate(run, axis=1, out=values[begin:end].reshape(len(run[0]), -1))
-                begin = end
+        for size, arrays in pieces:
+            if arrays:
+                target = values[begin : begin + size].reshape(*arrays[0].shape[:-1], -1)
+                np.concatenate(arrays, axis=-1, out=target)
+                begin += size
         return KeyedJaggedTensor(
             keys=list(self._names),
             values=self._tensor(values),
