@@ -409,7 +409,7 @@ class _Builder:
             else:
                 ids = np.concatenate(arrays, axis=1)
                 present = ids >= 0
-                pieces.append((np.count_nonzero(present), [ids[present]]))
+                pieces.append((int(np.count_nonzero(present)), [ids[present]]))
                 per_feature += present.sum(axis=1).tolist()
                 begin = 0
                 for part in parts:
