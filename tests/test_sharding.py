@@ -195,22 +195,32 @@ def test_a_model_without_tables(world: World) -> None:
 
 def test_no_host_sync_in_the_step() -> None:
     """Reading a number back, or picking rows by a mask, makes a GPU wait; neither belongs in the step."""
+    import mtlrec.assembly
+    import mtlrec.batch
     import mtlrec.model.backbones.factorization
     import mtlrec.model.backbones.mmoe
     import mtlrec.model.backbones.ple
     import mtlrec.model.dropout
     import mtlrec.model.layers
     import mtlrec.model.model
+    import mtlrec.model.tables
+    import mtlrec.model.towers
+    import mtlrec.objective.losses
     import mtlrec.objective.objective
     import mtlrec.optimizers
 
     for module in (
+        mtlrec.assembly,
+        mtlrec.batch,
         mtlrec.model.backbones.factorization,
         mtlrec.model.backbones.mmoe,
         mtlrec.model.backbones.ple,
         mtlrec.model.dropout,
         mtlrec.model.layers,
         mtlrec.model.model,
+        mtlrec.model.tables,
+        mtlrec.model.towers,
+        mtlrec.objective.losses,
         mtlrec.objective.objective,
         mtlrec.optimizers,
     ):
