@@ -23,6 +23,8 @@ BLOCK_BITS = 15
 """Rows are best ranked in blocks of about 2**15: what a block needs stays in the cache."""
 NUM_SUMS = 7
 """That `summary` needs."""
+_FEW = 4
+"""Where fewer than one row in so many is positive, it pays to look for the groups that have one first."""
 
 
 @dataclass(frozen=True)
@@ -163,17 +165,16 @@ def _rank(
     discounts: NDArray[np.float64],
 ) -> Ranked:
     """`rank_block` for one task. `group` [R]: number of each row's group."""
-    positive = labels == POSITIVE
-    positives = np.bincount(group[positive], minlength=int(group.max(initial=-1)) + 1)
-    # Where positives are few most groups have none: the others alone are ranked.
-    ranked = positives > 0
-    inside = np.flatnonzero(ranked[group] & (labels != NO_LABEL))
+    positive, counts = labels == POSITIVE, labels != NO_LABEL
+    num_groups = int(group.max(initial=-1)) + 1
+    if np.count_nonzero(positive) < len(group) // _FEW:
+        # Most groups have no positive: their rows need not be sorted.
+        ranked = np.zeros(num_groups, bool)
+        ranked[group[positive]] = True
+        counts &= ranked[group]
+    inside = np.flatnonzero(counts)
     if len(inside) < len(group):
-        positives, renumber = positives[ranked], np.cumsum(ranked) - 1
-        group, scores, positive = renumber[group[inside]], scores[inside], positive[inside]
-    sizes = np.bincount(group, minlength=len(positives))
-    starts, hit_starts = np.cumsum(sizes) - sizes, np.cumsum(positives) - positives
-    hit_group = np.repeat(np.arange(len(positives)), positives)
+        group, scores, positive = group[inside], scores[inside], positive[inside]
 
     # By group, falling score, and of one score the positive rows first.
     key = group.astype(np.uint64) << np.uint64(33)
@@ -182,6 +183,13 @@ def _rank(
     order, key = _sort(key)
     ahead = key & np.uint64(1) == 0
     hits = np.flatnonzero(ahead)
+    sizes = np.bincount(group, minlength=num_groups)
+    positives = np.bincount((key[hits] >> np.uint64(33)).astype(np.int64), minlength=num_groups)
+    found = np.flatnonzero(positives)
+    starts = (np.cumsum(sizes) - sizes)[found]
+    sizes, positives = sizes[found], positives[found]
+    hit_starts = np.cumsum(positives) - positives
+    hit_group = np.repeat(np.arange(len(found)), positives)
     rank = hits - starts[hit_group] + 1
     negatives = sizes - positives
     # Of the rows before a group's n-th positive all but n - 1 are negative. Integers up to the one division,
@@ -193,7 +201,8 @@ def _rank(
     if len(tied):
         begin = np.searchsorted(key, key[tied], side="left")
         end = np.searchsorted(key, key[tied + 1], side="right")
-        np.subtract.at(twice_won, group[order[tied]], (tied + 1 - begin) * (end - tied - 1))
+        owner = np.searchsorted(found, group[order[tied]])
+        np.subtract.at(twice_won, owner, (tied + 1 - begin) * (end - tied - 1))
         run = np.repeat(np.arange(len(tied)), end - begin)
         at = np.arange(len(run)) + (begin - np.cumsum(end - begin) + end - begin)[run]
         among = order[at]
@@ -203,7 +212,7 @@ def _rank(
     k = len(discounts)
     top = rank <= k
     in_top = hit_group[top]
-    found = np.bincount(in_top, minlength=len(sizes))
+    recalled = np.bincount(in_top, minlength=len(sizes))
     gained = np.bincount(in_top, weights=discounts[rank[top] - 1], minlength=len(sizes))
     with np.errstate(invalid="ignore"):  # 0 / 0 without a negative
         auc = twice_won / (2 * positives * negatives)
@@ -212,8 +221,8 @@ def _rank(
         positives=positives,
         auc=auc,
         ndcg=gained / np.cumsum(discounts)[np.minimum(positives, k) - 1],
-        recall=found / positives,
-        hit=(found > 0).astype(np.float64),
+        recall=recalled / positives,
+        hit=(recalled > 0).astype(np.float64),
         reciprocal_rank=1 / rank[hit_starts],
         some_row=inside[order[starts]],
     )
