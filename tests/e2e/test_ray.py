@@ -100,14 +100,14 @@ def test_evaluate_on_workers_agrees_with_one_process(home: Path, undisturbed: di
 
 
 def test_an_input_error_of_one_worker_ends_all_at_once_with_one_line(home: Path) -> None:
-    # Only rank 0 reads the plan; the other waits for it in a collective.
-    (home / "runs" / "odd" / "plan.json").mkdir(parents=True)
+    # Only rank 0 writes the plan; the other waits for it in a collective.
+    (home / "runs" / "odd" / "plans" / "2.json").mkdir(parents=True)
     command = Command(home, "train", "job.yaml", "--name", "odd", "--set", "run.step_timeout_s=600")
     ours: list[psutil.Process] = []
     while command.process.poll() is None:
         ours = command.descendants() or ours
         time.sleep(0.2)
-    assert "plan.json" in command.result(code=2)["error"]
+    assert "plans/2.json" in command.result(code=2)["error"]
     wait_until_gone(ours)
 
 
