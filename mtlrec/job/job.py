@@ -57,8 +57,8 @@ class DataSection(Section):
     """What happens to a row that does not fit the schema, a row group or file that cannot be read: it ends
     the run, or is left out, counted, and written down in the run's folder (docs/data.md)."""
     max_bad_share: float = Field(default=0.1, ge=0, le=1)
-    """skip: the share of the rows, of all generations so far (of unreadable files, in bytes), that may be bad;
-    more is an error, for then it is the schema that is wrong."""
+    """skip: the share of the rows, of all generations so far (of unreadable files, in bytes), that may be
+    bad; more is an error, for then it is the schema that is wrong."""
     negatives: NegativesSection | None = None
     """Null: rows are trained as they are."""
     follow: Annotated[FollowSection | None, BeforeValidator(switch)] = Field(
