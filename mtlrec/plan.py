@@ -34,6 +34,9 @@ ELEMENTWISE = ("sgd", "adagrad", "adam")
 _SMALL = 0.125
 """On a CPU, a table with at most this part of a worker's even share of all weights lies whole on one."""
 
+_ALL_WHOLE = 256 * 2**20
+"""On a CPU, bytes of all tables together up to which each lies whole on one worker."""
+
 _RESERVED = 0.2
 """Share of a device's memory that is left to batches, activations and the process itself."""
 
@@ -154,7 +157,7 @@ def allowed_kinds(job: Job, tables: EmbeddingBagCollection, world_size: int) -> 
         if name not in names:
             raise InputError(f"run.sharding.{name}: there is no such table; tables: {', '.join(names)}")
     found: dict[str, list[str]] = {}
-    share = sum(rows * dim for _, rows, dim in _shapes(tables)) / world_size
+    total = sum(rows * dim for _, rows, dim in _shapes(tables))
     for name, rows, dim in _shapes(tables):
         wish = wishes if isinstance(wishes, str) else by_table.get(name, "auto")
         if wish == "data_parallel" and optimizer not in ("rowwise_adagrad", "adagrad", "sgd"):
@@ -176,8 +179,10 @@ def allowed_kinds(job: Job, tables: EmbeddingBagCollection, world_size: int) -> 
         if world_size > 1 and job.run.device == "cpu":
             # The planner's costs are those of GPUs with a fast link, under which rows would always part ways.
             # Under gloo that moves three times the bytes: its reduce-scatter is an all-reduce. So it is for
-            # the tables that would not let the workers hold alike.
-            automatic.remove("row_wise" if rows * dim <= _SMALL * share else "table_wise")
+            # the tables that would not let the workers hold alike, where that matters: each kind of sharding
+            # has exchanges of its own, so that one kind for all is cheaper than two.
+            whole = 4 * total <= _ALL_WHOLE or rows * dim <= _SMALL * total / world_size
+            automatic.remove("row_wise" if whole else "table_wise")
         kinds = automatic if wish == "auto" else [str(wish)]
         if "row_wise" in kinds and -(-rows // world_size) * (world_size - 1) >= rows:
             # The last rank would get no row at all, and fbgemm's backward does not bear an empty table.

@@ -168,7 +168,11 @@ def test_plan_table_counts_weights_and_state(world: World) -> None:
         (2, 256, "rowwise_adagrad", {"row_wise"}),
     ],
 )
-def test_what_the_planner_may_choose_from(world_size: int, dim: int, optimizer: str, kinds: set[str]) -> None:
+def test_what_the_planner_may_choose_from(
+    world_size: int, dim: int, optimizer: str, kinds: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As if the example's tables were large.
+    monkeypatch.setattr("mtlrec.plan._ALL_WHOLE", 0)
     job = example_job(model={"dim": dim}, optimizer={"tables": {"kind": optimizer}})
     tables = model_of(job).tables
     assert isinstance(tables, EmbeddingBagCollection)
@@ -178,3 +182,10 @@ def test_what_the_planner_may_choose_from(world_size: int, dim: int, optimizer: 
     assert "row_wise" not in allowed["brand_wide"]
     # One row cannot be cut among two ranks.
     assert "row_wise" not in allowed["only"]
+
+
+def test_small_tables_lie_whole() -> None:
+    job = example_job()
+    tables = model_of(job).tables
+    assert isinstance(tables, EmbeddingBagCollection)
+    assert all(kinds == ["table_wise"] for kinds in allowed_kinds(job, tables, 2).values())
