@@ -77,8 +77,12 @@ def reading(url: str, forked_from: dict[str, Any] | None) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        origin = forked_from["checkpoint"] if forked_from is not None and latest(url) is None else None
-        if origin is None or storage.exists(storage.join(origin, MANIFEST)):
+        try:
+            origin = forked_from["checkpoint"] if forked_from is not None and latest(url) is None else None
+            is_there = origin is None or storage.exists(storage.join(origin, MANIFEST))
+        except (storage.StorageError, InputError):
+            is_there = True  # for all that can be known: what was wrong at first is told
+        if is_there:
             raise
         raise InputError(
             f"{origin}: its run has removed this checkpoint meanwhile, as newer ones are there "

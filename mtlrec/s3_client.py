@@ -102,11 +102,17 @@ class PatientS3(S3FileSystem):
             except Exception as caught:
                 error = caught
                 if self._is_let_in and (lapsed := await self._lapse(method, kwargs, caught, request_s)):
-                    if not is_renewed:
-                        is_renewed = True
-                        await self._renew(renewals)
-                        continue
-                    error = lapsed
+                    if is_renewed:
+                        error = lapsed
+                    else:
+                        try:
+                            await self._renew(renewals)
+                        except Exception as failed:
+                            # Whoever hands credentials out may be away for a moment, as the store may.
+                            error = failed
+                        else:
+                            is_renewed = True
+                            continue
                 why = _why_again(error)
                 if why is None:
                     self._away = False
@@ -151,8 +157,8 @@ class PatientS3(S3FileSystem):
         """
         async with self._renewing:
             if self._renewals == renewals:
-                self._renewals += 1
                 await self.set_session(refresh=True)
+                self._renewals += 1
 
     async def _try(
         self,

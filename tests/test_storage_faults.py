@@ -16,6 +16,7 @@ from typing import Any
 
 import boto3
 import pytest
+from botocore.exceptions import CredentialRetrievalError
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -428,7 +429,11 @@ def test_credentials_that_expire_are_read_anew(
     connected: list[None] = []
     connect = client.set_session
 
+    failures: list[Exception] = []
+
     async def set_session(refresh: bool = False) -> Any:
+        if refresh and failures:
+            raise failures.pop()
         connected.extend([None] * refresh)
         return await connect(refresh=refresh)
 
@@ -444,6 +449,12 @@ def test_credentials_that_expire_are_read_anew(
     assert storage.size(urls[0]) == 1 and len(connected) == 2
     assert {each.key for each in proxy.seen} == {"FIRST", "SECOND", "THIRD"}
     assert storage.take_retries() == {}
+    # Who hands them out is away for a moment.
+    proxy.expired.add("THIRD")
+    write_credentials(tmp_path, "FOURTH")
+    failures.append(CredentialRetrievalError(provider="custom-process", error_msg="away"))
+    assert storage.read(urls[1]) == b"1" and len(connected) == 3 and not failures
+    assert sum(storage.take_retries().values()) == 1
 
 
 def test_credentials_that_expire_and_are_not_renewed_are_an_error(
