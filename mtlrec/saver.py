@@ -152,6 +152,7 @@ class Saver:
             beside=self._journal.take(),
             after=self._tidy,
             threads=THREADS if goes_on else parts.THREADS,
+            yields=goes_on,
         )
         if not beside:
             self.drain()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError
@@ -26,6 +27,8 @@ from mtlrec.distributed import World, all_ok
 from mtlrec.job.errors import InputError
 from mtlrec.storage import StorageError
 
+_NICE = 10
+"""Of a thread that writes while training goes on: it takes the time in which workers wait for one another."""
 _INPUT, _FAULT = "input:", "fault:"
 """How a failure is marked on its way to the other ranks."""
 
@@ -49,6 +52,7 @@ class Saving:
         beside: Callable[[], None] | None = None,
         after: Callable[[], None] | None = None,
         threads: int = parts.THREADS,
+        yields: bool = False,
     ) -> None:
         """Start to write the folder `url`, which must be new. Returns at once.
 
@@ -57,12 +61,14 @@ class Saving:
         and `mtlrec_version` are set here. vocabularies: those of tables, by name, the same on all ranks.
         beside: what this rank must have written before there is a manifest. after: what rank 0 does once it
         is there. Both run in the thread. threads: files of this rank that are written side by side.
+        yields: where a core is wanted, training comes first.
         """
         self.url = url
         self.manifest: Manifest | None = None
         """On rank 0, once complete."""
         self.is_complete = False
         self._world, self._after, self._threads = world, after, threads
+        self._yields = yields
         self._meta = parts.plain({**meta, "saved_at": _now(), "mtlrec_version": _version()})
         self._blocks = list(blocks)
         self._dense = dense if world.rank == 0 else None
@@ -129,6 +135,10 @@ class Saving:
 
     def _start(self, work: Callable[[], None]) -> None:
         def run() -> None:
+            if self._yields:
+                # On Linux a thread has a priority of its own, which those that it starts get from it.
+                with contextlib.suppress(OSError):
+                    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
             try:
                 work()
             except Exception as error:  # raised where all ranks know of it
