@@ -8,7 +8,7 @@ from contextlib import suppress
 from types import TracebackType
 
 from mtlrec.assembly import Trainer
-from mtlrec.checkpoint import folder, parts
+from mtlrec.checkpoint import folder
 from mtlrec.checkpoint.save import Saving
 from mtlrec.checkpoint.snapshot import Snapshot
 from mtlrec.control import Control
@@ -22,9 +22,6 @@ from mtlrec.judge import Judge
 from mtlrec.preflight import Run
 from mtlrec.sharding import local_blocks
 from mtlrec.storage import StorageError
-
-THREADS = 2
-"""Files that a worker writes side by side while it trains: more would take the cores from training."""
 
 
 class Saver:
@@ -151,7 +148,6 @@ class Saver:
             feed.vocabularies,
             beside=self._journal.take(),
             after=self._tidy,
-            threads=THREADS if goes_on else parts.THREADS,
             yields=goes_on,
         )
         if not beside:

@@ -27,6 +27,8 @@ from mtlrec.distributed import World, all_ok
 from mtlrec.job.errors import InputError
 from mtlrec.storage import StorageError
 
+_FEW_THREADS = 2
+"""Files that a worker writes side by side while it trains: more would take the cores from training."""
 _NICE = 10
 """Of a thread that writes while training goes on: it takes the time in which workers wait for one another."""
 _INPUT, _FAULT = "input:", "fault:"
@@ -51,7 +53,6 @@ class Saving:
         *,
         beside: Callable[[], None] | None = None,
         after: Callable[[], None] | None = None,
-        threads: int = parts.THREADS,
         yields: bool = False,
     ) -> None:
         """Start to write the folder `url`, which must be new. Returns at once.
@@ -60,15 +61,13 @@ class Saving:
         tensor, parameters and optimizer state, the same on all ranks. meta: as `Manifest.meta`; `saved_at`
         and `mtlrec_version` are set here. vocabularies: those of tables, by name, the same on all ranks.
         beside: what this rank must have written before there is a manifest. after: what rank 0 does once it
-        is there. Both run in the thread. threads: files of this rank that are written side by side.
-        yields: where a core is wanted, training comes first.
+        is there. Both run in the thread. yields: training goes on meanwhile, and comes first.
         """
         self.url = url
         self.manifest: Manifest | None = None
         """On rank 0, once complete."""
         self.is_complete = False
-        self._world, self._after, self._threads = world, after, threads
-        self._yields = yields
+        self._world, self._after, self._yields = world, after, yields
         self._meta = parts.plain({**meta, "saved_at": _now(), "mtlrec_version": _version()})
         self._blocks = list(blocks)
         self._dense = dense if world.rank == 0 else None
@@ -153,9 +152,8 @@ class Saving:
         self._is_ours = True
         if self._beside is not None:
             self._beside()
-        parts.write_part(
-            self.url, self._blocks, self._dense, self._world.rank, self._vocabularies, self._threads
-        )
+        threads = _FEW_THREADS if self._yields else parts.THREADS
+        parts.write_part(self.url, self._blocks, self._dense, self._world.rank, self._vocabularies, threads)
 
     def _merge(self) -> None:
         self.manifest = parts.merge(self.url, self._meta, self._world.world_size)
