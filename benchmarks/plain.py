@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
@@ -32,8 +32,13 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from benchmarks.sized import EPS, EXPERTS, HIDDEN, LEARNING_RATES, TOWER
+from mtlrec.batch import Batch
+from mtlrec.data.order import Position
+from mtlrec.data.reader import Reader
+from mtlrec.data.shards import Dataset
 from mtlrec.distributed import World
-from mtlrec.schema import Table
+from mtlrec.job.job import Job
+from mtlrec.schema import Table, build_schema
 
 PARTS = ("forward", "backward", "optimizer")
 
@@ -47,6 +52,26 @@ class Rows:
     """float32 [B, 3]"""
     labels: torch.Tensor
     """float32 [B, T]"""
+
+
+def first_batches(job: Job, count: int, world: World) -> list[Batch]:
+    """This worker's first so many full batches of the job, for a side that has all of them in memory."""
+    schema, data = build_schema(job.schema_, job.model), job.data
+    with Reader(
+        Dataset.open(data.train, schema.columns()),
+        schema,
+        batch_size=data.batch_size,
+        lanes=data.lanes,
+        window=data.window,
+        shuffle=data.shuffle,
+        seed=job.seed,
+        position=Position.start(data.lanes),
+        epochs=1,
+        rank=world.rank,
+        world_size=world.world_size,
+    ) as reader:
+        full = (batch for batch in reader if batch.num_rows == len(batch.labels))
+        return list(islice(full, count))
 
 
 class Mmoe(nn.Module):

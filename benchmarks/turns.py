@@ -22,11 +22,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from benchmarks.measure import run_of
 from benchmarks.sized import Size, job
 from tests.distributed.processes import Results, run_processes
 
@@ -54,19 +54,7 @@ class Turns:
 
 def take_turns(folder: Path, size: Size, workers: int, turns: Turns) -> list[Results]:
     """Train on the data in `folder`, on `workers` processes; what `work` returns, by rank."""
-    from mtlrec.data.shards import Dataset
-    from mtlrec.job.job import job_from_dict
-    from mtlrec.schema import build_schema
-
-    every_steps = turns.period if turns.saves else None
-    parsed = job_from_dict(job(folder, size, workers, every_steps), "benchmark")
-    schema = build_schema(parsed.schema_, parsed.model)
-    run = {
-        "job": parsed.to_dict(),
-        "url": f"{parsed.run.storage}/{parsed.name}",
-        "attempt": 1,
-        "fingerprint": Dataset.open(parsed.data.train, schema.columns()).fingerprint,
-    }
+    run = run_of(job(folder, size, workers, turns.period if turns.saves else None))
     call = {"run": run, "turns": asdict(turns), "folder": str(folder / f"{workers}")}
     return run_processes("benchmarks.turns:work", workers, folder / f"{workers}", call, timeout=1800)
 
@@ -229,31 +217,13 @@ def _control(world: Any, turns: Turns, twin: _Twin) -> Any:
 
 def _plain(world: Any, run: dict[str, Any]) -> Any:
     """The plain side, on the first batches of this worker that our reader makes of the same files."""
-    from benchmarks.plain import Plain, Rows
-    from mtlrec.data.order import Position
-    from mtlrec.data.reader import Reader
-    from mtlrec.data.shards import Dataset
+    from benchmarks.plain import Plain, Rows, first_batches
     from mtlrec.job.job import job_from_dict
     from mtlrec.schema import build_schema
 
     parsed = job_from_dict(run["job"], "benchmark")
-    schema, data = build_schema(parsed.schema_, parsed.model), parsed.data
-    with Reader(
-        Dataset.open(data.train, schema.columns()),
-        schema,
-        batch_size=data.batch_size,
-        lanes=data.lanes,
-        window=data.window,
-        shuffle=True,
-        seed=0,
-        position=Position.start(data.lanes),
-        epochs=1,
-        rank=world.rank,
-        world_size=world.world_size,
-    ) as reader:
-        whole = (batch for batch in reader if batch.num_rows == len(batch.labels))
-        batches = [Rows(each.ids, each.dense, each.labels) for each in islice(whole, _PREBUILT)]
-    return Plain(schema.tables, batches, world)
+    batches = [Rows(each.ids, each.dense, each.labels) for each in first_batches(parsed, _PREBUILT, world)]
+    return Plain(build_schema(parsed.schema_, parsed.model).tables, batches, world)
 
 
 @contextmanager

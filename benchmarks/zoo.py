@@ -15,12 +15,9 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.measure import in_turn
-from benchmarks.plain import Mmoe
+from benchmarks.plain import Mmoe, first_batches
 from mtlrec.batch import Batch
 from mtlrec.control import Silent
-from mtlrec.data.order import Position
-from mtlrec.data.reader import Reader
-from mtlrec.data.shards import Dataset
 from mtlrec.distributed import World
 from mtlrec.job.job import Job, job_from_dict
 from mtlrec.preflight import Run
@@ -34,9 +31,9 @@ class Steps:
     """Of one turn of each side, and before the first turn; and how many turns."""
 
     repeats: int
-    ours: int = 30
-    theirs: int = 3
-    warm_up: int = 10
+    ours: int
+    theirs: int
+    warm_up: int
 
 
 def rates(world: World, runs: dict[str, dict[str, Any]], steps: dict[str, int]) -> Results:
@@ -52,7 +49,7 @@ def rates(world: World, runs: dict[str, dict[str, Any]], steps: dict[str, int]) 
     jobs |= {name.replace("small", "zoo"): job for name, job in jobs.items() if name.startswith("small")}
     jobs["zoo_fused"] = jobs["zoo"]
     zoos = {
-        name: Zoo(job, count.theirs * count.repeats + 1, fused=name == "zoo_fused")
+        name: Zoo(job, count.theirs * count.repeats + 1, world, fused=name == "zoo_fused")
         for name, job in jobs.items()
         if name.startswith("zoo")
     }
@@ -156,13 +153,13 @@ class _Gate(Silent):
 class Zoo:
     """The model as model zoos have it, with its batches and its one optimizer for everything."""
 
-    def __init__(self, job: Job, num_batches: int, fused: bool) -> None:
+    def __init__(self, job: Job, num_batches: int, world: World, fused: bool) -> None:
         torch.manual_seed(1)
         self._model = ZooModel(build_schema(job.schema_, job.model))
         rate = job.optimizer.dense.lr
         parameters = list(self._model.parameters())
         self._optimizer = torch.optim.Adam(parameters, lr=rate, fused=True if fused else None)
-        self._batches, self._taken = _batches(job, num_batches), 0
+        self._batches, self._taken = first_batches(job, num_batches, world), 0
         self.parameters = sum(parameter.numel() for parameter in parameters)
 
     def steps(self, count: int) -> None:
@@ -198,21 +195,3 @@ class ZooModel(nn.Module):
                 parts.append(mean)
         logits: torch.Tensor = self.rest(torch.cat([*parts, batch.dense], dim=1))
         return logits
-
-
-def _batches(job: Job, count: int) -> list[Batch]:
-    """The first so many of the job's."""
-    schema = build_schema(job.schema_, job.model)
-    reader = Reader(
-        Dataset.open(job.data.train, schema.columns()),
-        schema,
-        batch_size=job.data.batch_size,
-        lanes=job.data.lanes,
-        window=job.data.window,
-        shuffle=job.data.shuffle,
-        seed=job.seed,
-        position=Position.start(job.data.lanes),
-        epochs=1,
-    )
-    with reader:
-        return [batch for batch, _ in zip(reader, range(count), strict=False)]
