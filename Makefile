@@ -11,7 +11,7 @@ export VENV PYTHON TORCH_INDEX
 
 BIN := $(VENV)/bin
 
-.PHONY: help install install-dev demo census test chaos lint type lock clean
+.PHONY: help install install-dev demo census test tests chaos lint type lock clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -36,7 +36,13 @@ census: | install  ## the census-income data: DATA=folder with its files
 	$(BIN)/mtlrec prepare census "$(DATA)" $(DEMO)/census
 	$(BIN)/mtlrec train $(DEMO)/census/job.yaml
 
-test: lint type  ## everything that must hold before a change is taken
+# Types are checked beside the first tests: mypy has one thread, and some tests wait more than they compute.
+test: lint  ## everything that must hold before a change is taken
+	@$(MAKE) --no-print-directory --jobs 2 type tests
+
+# Compiled once, also where Python is told not to keep what it compiled: hundreds of processes import it.
+tests: install-dev
+	@$(BIN)/python -m compileall -q mtlrec tests benchmarks
 	$(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder
 
 chaos: install-dev  ## kills workers, drivers and nodes of a run: KILLS=20 SEED=0
