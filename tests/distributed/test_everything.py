@@ -103,6 +103,8 @@ class Session:
     def __init__(self, folder: Path) -> None:
         self.folder, self.data = folder, folder / "data"
         write_small_data(self.data)
+        # Measured four times a run: on all rows of the training that would take longer than training.
+        write_small_data(folder / "valid", rows=400, shards=2, seed=1)
         self.trained: dict[str, dict[str, Any]] = {}
         labels = [f"to {to} {name}" for to in (1, 2, 3) for name in BACKBONES]
         two = [f"to 2 {name}" for name in BACKBONES]
@@ -122,6 +124,7 @@ class Session:
         for attempt, (label, steps) in enumerate(jobs, 1):
             name, backbone = label.replace(" ", "-"), label.rsplit(" ", 1)[1]
             raw = everything(self.data, self.folder / "runs", name, backbone, steps)
+            raw["data"]["eval"] = str(self.folder / "valid")
             opened = open_run(job_from_dict(raw, "test"), {"command": "test"}, lambda event: None)
             assert isinstance(opened, tuple)
             run, lease = opened
