@@ -79,6 +79,8 @@ def recorded_rows(run_dir: str) -> list[list[int]]:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "train"
     write_small_data(folder)
+    # What three dozen runs measure at their end.
+    write_small_data(folder.with_name("valid"), rows=400, shards=2, seed=1)
     return folder
 
 
@@ -173,7 +175,8 @@ class Session:
         runs: str | None = None,
         **changes: Any,
     ) -> tuple[str, dict[str, Any]]:
-        job = small_job(self.data, Path("."), name, run__sharding=plan)
+        valid = str(self.data.with_name("valid"))
+        job = small_job(self.data, Path("."), name, run__sharding=plan, data__eval=valid)
         job["run"] |= {"storage": runs or str(self.folder / "runs"), "max_steps": steps}
         job["run"] |= {"record_rows": True, **changes}
         # Adagrad's first steps have the size of lr whatever that of the gradient: of one that is nearly zero
