@@ -67,4 +67,4 @@ lock:  ## requirements-cpu.txt and requirements-dev.txt from pyproject.toml, wit
 
 clean:  ## removes .venv, the demo and what tools left; runs/ stays
 	rm -rf $(VENV) $(DEMO) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find mtlrec tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find mtlrec tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
