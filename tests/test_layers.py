@@ -20,7 +20,7 @@ LAYERS = """
     checkpoint.starts checkpoint.inspect
     fork generations preflight judge doctor control display compare stopping
     ---
-    quiet distributed batch data.reader lockstep share vocabularies interactions
+    quiet distributed batch data.assemble data.reader lockstep share vocabularies interactions
     model optimizers plan checkpoint.tensors sharding objective
     checkpoint.vocabularies checkpoint.parts checkpoint.snapshot checkpoint.save
     checkpoint.load

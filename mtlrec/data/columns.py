@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -200,6 +201,19 @@ class Cut(NamedTuple):
         lists = self.columns.lists[number]
         return lists.values[lists.offsets.item(self.begin) : lists.offsets.item(self.end)]
 
+    def of_step(self, number: int, steps: int) -> Cut:
+        """Of rows that are so many steps', one after the other, those of step `number`."""
+        size = (self.end - self.begin) // steps
+        return Cut(self.columns, self.begin + number * size, self.begin + (number + 1) * size)
+
+    def values_of_steps(self, number: int, steps: int) -> list[Array]:
+        """All ids of a list feature, by step."""
+        if steps == 1:
+            return [self.values(number)]
+        lists, size = self.columns.lists[number], (self.end - self.begin) // steps
+        ends = lists.offsets[self.begin : self.end + 1 : size].tolist()
+        return [lists.values[begin:end] for begin, end in pairwise(ends)]
+
 
 def single_features(schema: Schema) -> tuple[IdFeature, ...]:
     """The id features that have at most one id a row, in the order of the schema."""
@@ -235,21 +249,39 @@ def join_cuts(cuts: Sequence[Cut]) -> Columns:
     )
 
 
-def join_but_ids(cuts: Sequence[Cut]) -> Columns:
-    """`join_cuts` with nothing in `ids` and `lists`, for who puts those elsewhere."""
+def join_but_ids(cuts: Sequence[Cut], steps: int = 1) -> Columns:
+    """`join_cuts` with nothing in `ids` and `lists`, for who puts those elsewhere.
+
+    Of several steps: in the order of `interleave`, and without `user`, `keys` and `bad`.
+    """
     first = cuts[0].columns
     return Columns(
-        np.concatenate([columns.rows[begin:end] for columns, begin, end in cuts]),
+        interleave([columns.rows[begin:end] for columns, begin, end in cuts], steps),
         first.ids[:, :0],
-        np.concatenate([columns.words[:, begin:end] for columns, begin, end in cuts], axis=1),
+        interleave([columns.words[:, begin:end] for columns, begin, end in cuts], steps),
         tuple(Lists(each.offsets[:1], each.values[:0]) for each in first.lists),
         first.num_tasks,
         first.weighted,
         all(cut.columns.complete for cut in cuts),
-        _join_user(cuts),
-        _join_keys(cuts),
-        _join_bad(cuts),
+        *((_join_user(cuts), _join_keys(cuts), _join_bad(cuts)) if steps == 1 else ()),
     )
+
+
+def interleave(parts: Sequence[Array], steps: int) -> Array:
+    """Parts [..., rows of so many steps, as many of each] -> the first step's rows of each part, the second's
+    of each, and so on; [..., rows].
+    """
+    if steps == 1:
+        return np.concatenate(parts, axis=-1)
+    lead = parts[0].shape[:-1]
+    found = np.empty((*lead, steps, sum(part.shape[-1] for part in parts) // steps), parts[0].dtype)
+    begin = 0
+    for part in parts:
+        by_step = part.reshape(*lead, steps, -1)
+        end = begin + by_step.shape[-1]
+        found[..., begin:end] = by_step
+        begin = end
+    return found.reshape(*lead, -1)
 
 
 def shuffle_cuts(cuts: Sequence[Cut], order: npt.NDArray[np.int64]) -> Columns:
