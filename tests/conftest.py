@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from hypothesis import HealthCheck, settings
 
 from mtlrec import s3
+from mtlrec.importing import uncollected
 from mtlrec.job.storage import StorageSection
 from tests.distributed.processes import forking
 
@@ -52,6 +53,13 @@ LONGEST = (
     "test_checkpoint",
 )
 """Files that take minutes: begun last, one would keep one process busy while the others have nothing left."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Which imports everything, in every process that runs tests."""
+    with uncollected():
+        return (yield)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
