@@ -40,11 +40,19 @@ def undisturbed(home: Path) -> dict[str, Any]:
     return Command(home, "train", "job.yaml", "--name", "plain", "--workers", "0").result()
 
 
-def test_a_killed_worker_and_a_killed_driver_lose_nothing(home: Path, undisturbed: dict[str, Any]) -> None:
-    first = Command(home, "train", "job.yaml", "--name", "killed")
+def attempts(home: Path) -> set[int]:
+    return {int(name.split(".a")[1]) for name in checkpoints(home, "killed")}
+
+
+def test_a_worker_killed_a_driver_killed_and_a_stop_lose_nothing_and_leave_nothing(
+    home: Path, undisturbed: dict[str, Any]
+) -> None:
+    """One run through all of it: every start of Ray takes half a minute."""
+    train = ("train", "job.yaml", "--name", "killed")
+    first = Command(home, *train)
     # A second driver is told who holds the run, while it is alive: Ray takes longer to start than that does.
     first.wait_for((home / "runs" / "killed" / "attempts" / "1.json").exists)
-    refused = Command(home, "train", "job.yaml", "--name", "killed").result(code=2)
+    refused = Command(home, *train).result(code=2)
     assert str(first.process.pid) in refused["error"]
     first.wait_for(lambda: bool(checkpoints(home, "killed")))
     workers = [process for process in first.descendants() if "RayTrainWorker" in " ".join(process.cmdline())]
@@ -52,42 +60,37 @@ def test_a_killed_worker_and_a_killed_driver_lose_nothing(home: Path, undisturbe
     os.kill(workers[1].pid, signal.SIGKILL)
     seen = set(checkpoints(home, "killed"))
     first.wait_for(lambda: bool(set(checkpoints(home, "killed")) - seen))
-    attempts = {name.split(".a")[1] for name in checkpoints(home, "killed")}
-    assert len(attempts) > 1, "the restarted workers write to folders of their own"
+    restarted = attempts(home)
+    assert len(restarted) > 1, "the restarted workers write to folders of their own"
     ours = first.descendants()
     os.kill(first.process.pid, signal.SIGKILL)
     first.process.wait()
     wait_until_gone(ours)
     # Read once nobody is left to hold the pipe open.
     assert first.process.communicate()[0] == "", "what Ray says of a dead worker is no result"
-    second = Command(home, "train", "job.yaml", "--name", "killed", "--workers", "1")
-    result = second.result()
+
+    second = Command(home, *train)
+    second.wait_for(lambda: max(attempts(home)) > max(restarted))
+    ours = second.descendants()
+    second.process.send_signal(signal.SIGTERM)
+    result = second.result(code=3)
+    wait_until_gone(ours)
     assert "resuming killed at step" in second.err.read_text()
+    assert result["stopped"] and 100 <= result["steps"] < STEPS
+    assert result["checkpoint"].endswith(f"step-{result['steps']:012d}.a{max(restarted) + 1:04d}")
+
+    third = Command(home, *train)
+    third.wait_for(lambda: max(attempts(home)) > max(restarted) + 1)
+    ours = third.descendants()
+    assert f"resuming killed at step {result['steps']} " in third.err.read_text()
+    result = third.result()
+    wait_until_gone(ours)
+    assert "embedding tables on 2 worker(s)" in third.err.read_text()
     assert result["steps"] == STEPS
     final_metrics_agree(result, undisturbed)
     assert trained_rows(home, "killed") == trained_rows(home, "plain")
     left = {path.name for path in (home / "runs" / "killed" / "checkpoints").iterdir()}
     assert left == set(checkpoints(home, "killed")), "what was half-written has been swept"
-
-
-def test_two_workers_that_were_stopped_end_where_one_process_does_and_leave_nothing(
-    home: Path, undisturbed: dict[str, Any]
-) -> None:
-    command = Command(home, "train", "job.yaml", "--name", "stopped")
-    command.wait_for(lambda: bool(checkpoints(home, "stopped")))
-    command.process.send_signal(signal.SIGTERM)
-    result = command.result(code=3)
-    assert result["stopped"] and 50 <= result["steps"] < STEPS
-    assert result["checkpoint"].endswith(f"step-{result['steps']:012d}.a0001")
-    command = Command(home, "train", "job.yaml", "--name", "stopped")
-    command.wait_for(lambda: any(name.endswith(".a0002") for name in checkpoints(home, "stopped")))
-    ours = command.descendants()
-    result = command.result()
-    assert result["steps"] == STEPS
-    final_metrics_agree(result, undisturbed)
-    assert trained_rows(home, "stopped") == trained_rows(home, "plain")
-    wait_until_gone(ours)
-    assert "embedding tables on 2 worker(s)" in command.err.read_text()
 
 
 def test_evaluate_on_workers_agrees_with_one_process(home: Path, undisturbed: dict[str, Any]) -> None:
