@@ -76,6 +76,8 @@ class Cluster:
             # asked for again after 15 s instead of 60.
             "RAY_health_check_period_ms": "1000",
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
+            # That a node will be taken away is known after 1 s instead of 5.
+            "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
         }
         head = ["--head", f"--port={port}", f"--num-cpus={cpus}", "--include-dashboard=false"]
         self.nodes = [Node(head, self.environment)]
