@@ -6,6 +6,7 @@ stride), K negatives a row, M = S (1 + K), F id features, N dense numbers, T tas
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections import deque
@@ -45,7 +46,8 @@ class Reader:
     what draws them, if any. quarantine: is told which rows are bad, which no batch then has (they keep their
     place in the order); None: a bad row is an error. keep_bad: bad rows are in the batches after all, which
     say so. ahead: batches that are kept ready. pin_memory: put batches where a GPU copies them from while it
-    computes. threads: row groups that are read and decoded side by side.
+    computes. threads: row groups that are read and decoded side by side; 0: it is done where batches are built,
+    None: that where the process has one core, else 2.
 
     Raises InputError for a batch size that lanes do not divide, and for a position of other data or lanes.
     """
@@ -73,7 +75,7 @@ class Reader:
         keep_bad: bool = False,
         ahead: int = 4,
         pin_memory: bool = False,
-        threads: int = 2,
+        threads: int | None = None,
     ) -> None:
         if batch_size < 1 or batch_size % lanes:
             raise InputError(f"data.batch_size: {batch_size} is not a multiple of data.lanes ({lanes})")
@@ -98,7 +100,8 @@ class Reader:
             vocabularies=vocabularies,
             negatives=negatives,
             quarantine=quarantine,
-            threads=threads,
+            # On one core they would take turns, and each turn costs.
+            threads=(2 if _cores() > 1 else 0) if threads is None else threads,
         )
         builder = Builder(
             schema,
@@ -155,6 +158,11 @@ class Reader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _stop(windows: Windows, ready: _Ready) -> None:

@@ -35,7 +35,8 @@ _JOIN_S = 10.0
 class Windows:
     """The windows of the lanes `served`, one after the other, from `position` to the end of the last epoch.
 
-    They come in the order of `order.fills`, the same for any number of threads. Arguments as for `Reader`.
+    They come in the order of `order.fills`, the same for any number of threads; without any, whoever takes
+    one fills it. Arguments as for `Reader`.
     """
 
     def __init__(
@@ -87,6 +88,8 @@ class Windows:
 
         Raises what reading this window raised: an error of a later window waits for its turn.
         """
+        if not self._threads:
+            return self._take_at_once()
         with self._changed:
             while not self._closed and self._failure is None and self._taken not in self._ready:
                 if self._next is None and self._taken == self._handed_out:
@@ -104,6 +107,14 @@ class Windows:
         if isinstance(result, BaseException):
             raise result
         return result
+
+    def _take_at_once(self) -> tuple[Fill, Columns] | None:
+        order = self._hand_out()
+        if order is None:
+            return None
+        _, fill, lane = order
+        self._rows_ahead = 0
+        return fill, self._fill(fill, lane)
 
     def stop(self) -> None:
         """Let go of everything, without waiting."""

@@ -110,7 +110,7 @@ def test_every_row_comes_once_an_epoch_in_another_order(data, window):
 
 def test_neither_threads_nor_what_is_read_ahead_change_anything(data):
     expected = rows_of(read(data, epochs=2, threads=1, ahead=1))
-    for threads in (2, 5):
+    for threads in (0, 2, 5):
         assert rows_of(read(data, epochs=2, threads=threads, ahead=9)) == expected
 
 

@@ -28,7 +28,7 @@ def data(tmp_path_factory) -> Dataset:
     return open_data(write(tmp_path_factory.mktemp("data") / "train", 1003))
 
 
-@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("threads", [0, 1, 4])
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_an_epoch_reads_each_row_group_once_but_for_lanes_less_one(data, monkeypatch, threads, world_size):
     reads = count_reads(monkeypatch)
@@ -64,7 +64,7 @@ def test_of_two_bad_rows_the_same_is_named_for_any_number_of_threads(tmp_path):
 
     data = open_data(write(tmp_path / "bad", 1003, change=change))
     messages = set()
-    for threads in (1, 1, 3, 6):
+    for threads in (0, 1, 1, 3, 6):
         with reader(data, threads=threads, window=4) as found, pytest.raises(InputError) as caught:
             list(found)
         messages.add(str(caught.value))
