@@ -6,7 +6,7 @@ T tasks.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -20,6 +20,7 @@ from mtlrec.distributed import World, broadcast_bytes
 from mtlrec.job.job import Job
 from mtlrec.lockstep import Totals, together
 from mtlrec.model.model import build_model
+from mtlrec.model.tables import SentIds
 from mtlrec.objective.objective import Objective, build_objective
 from mtlrec.optimizers import OBJECTIVE, DenseOptimizer, ReplicatedTables
 from mtlrec.safety import Evidence, Skipped
@@ -61,6 +62,17 @@ class Step:
         return None if self.fit or testify is None else testify()
 
 
+@dataclass(frozen=True)
+class _Ahead:
+    """The batch that comes next."""
+
+    given: Batch
+    """As it was handed in."""
+    batch: Batch
+    """On the device."""
+    ids: SentIds | None
+
+
 @dataclass
 class Trainer:
     """A model with its optimizers, standing at a step."""
@@ -75,11 +87,12 @@ class Trainer:
     it need not: what is not finite is masked there, and whoever asks for the evidence learns it later. But
     the tables' Adam family moves without a gradient too.
     """
+    _ahead: _Ahead | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.looks = self.world.device.type == "cpu" or self.model.counts_steps
 
-    def train_step(self, batch: Batch, totals: Totals) -> Step:
+    def train_step(self, batch: Batch, totals: Totals, upcoming: Batch | None = None) -> Step:
         """One forward; one backward, in two parts; one dense step. A collective.
 
         The tables are updated in their backward. So the graph is cut behind them: first the backward of
@@ -87,16 +100,21 @@ class Trainer:
         nothing moves, and the step counts all the same. To the bit it is what one backward would do. Where
         nobody `looks`, the tables get a gradient of zero instead, under which they stay to the bit.
 
-        `totals.amounts`: what `objective.amounts` gave, summed over the ranks.
+        `totals.amounts`: what `objective.amounts` gave, summed over the ranks. `upcoming`: the batch of the
+        next call, if every rank knows it: its ids travel while this step computes.
         """
-        batch = batch.to(self.world.device)
+        batch, ids = self._arrived(batch)
         amounts = carry(totals.amounts.float(), self.world.device)
         model = self.model.model
-        looked_up = model.trunk_input(batch)
+        looked_up = model.trunk_input(batch, ids)
+        if upcoming is not None:
+            self._send(upcoming)
         x = looked_up.detach().requires_grad_(looked_up.requires_grad)
         outputs = model.dense_part(x, batch)
         loss, sums = self.objective.loss(outputs, batch, amounts, self.world.world_size, model.embeddings(x))
         self.optimizer.zero_grad()
+        if self._ahead is not None and self._ahead.ids is not None:
+            self._ahead.ids.go_on()
         loss.backward()
         witnesses = [loss.detach()]
         if x.grad is not None:
@@ -120,6 +138,17 @@ class Trainer:
             return Evidence(batch, outputs, each, x.detach(), x.grad, parameters)
 
         return Step(sums.detach(), *_to_host(fit), testify)
+
+    def _send(self, upcoming: Batch) -> None:
+        there = upcoming.to(self.world.device)
+        self._ahead = _Ahead(upcoming, there, self.model.model.send_ids(there))
+
+    def _arrived(self, batch: Batch) -> tuple[Batch, SentIds | None]:
+        """`batch` on the device, and its ids where they were sent ahead."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead.given is batch:
+            return ahead.batch, ahead.ids
+        return batch.to(self.world.device), None
 
     def dense_tensors(self) -> dict[str, torch.Tensor]:
         """All that a checkpoint keeps beside the tables, by name, live."""
@@ -164,14 +193,16 @@ def assemble(
     checkpoint: str | None,
     start: Manifest | None,
     forks: bool = False,
+    lengths: Mapping[str, float] | None = None,
 ) -> Trainer:
     """Everything that training needs, from `checkpoint` (which says `start` of itself) or from the seed.
 
     forks: the checkpoint is another run's, whose job may have balanced its losses otherwise.
+    lengths: column of lists -> its mean length, so that a new plan evens out what workers look up.
     For each number of workers that a run has had, the plan is kept in its folder and used again.
     """
     built, plan = build_model(job, schema, world.device), _read_plan(run_url, world)
-    model = shard(built, job, world, plan, copied=job.run.saves_beside)
+    model = shard(built, job, world, plan, job.run.saves_beside, _lookups_a_row(schema, lengths or {}))
     objective = build_objective(job, schema).to(world.device)
     optimizer = DenseOptimizer(job, _Learnt(model, objective), world)
     trainer = Trainer(model, optimizer, objective, world, 0)
@@ -189,6 +220,15 @@ def restore(job: Job, schema: Schema, world: World, checkpoint: str, manifest: M
     model = shard(build_model(job, schema, world.device), job, world)
     together(world, lambda: _load(_Learnt(model, None), schema, checkpoint, manifest, with_state=False))
     return model
+
+
+def _lookups_a_row(schema: Schema, lengths: Mapping[str, float]) -> dict[str, float]:
+    """Feature -> the ids that a row has of it, of those that are looked up: its mean, at least 1."""
+    found = {}
+    for feature in schema.id_features:
+        mean = max(lengths.get(feature.column, 1.0), 1.0) if feature.source == "id_list" else 1.0
+        found[feature.name] = min(mean, feature.max_length or mean)
+    return found
 
 
 def _resume(trainer: Trainer, schema: Schema, checkpoint: str, start: Manifest, forks: bool) -> None:

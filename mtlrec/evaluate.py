@@ -216,7 +216,7 @@ def score(
     began = shown = time.monotonic()
     try:
         with reader, torch.no_grad():
-            for batch, totals in in_step(reader, world, listener.signals if listener else tuple):
+            for batch, totals, _ in in_step(reader, world, listener.signals if listener else tuple):
                 if listener is not None:
                     listener.hear(totals.signals)
                 # Other tasks than regressions have mean 0 and deviation 1.

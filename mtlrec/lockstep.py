@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -10,7 +10,6 @@ import torch
 
 from mtlrec import watchdog
 from mtlrec.batch import Batch
-from mtlrec.data.reader import Reader
 from mtlrec.distributed import World, all_ok, all_reduce_sum
 from mtlrec.job.errors import InputError
 
@@ -44,12 +43,13 @@ class Listener(Protocol):
 
 
 def in_step(
-    reader: Reader,
+    reader: Iterable[Batch],
     world: World,
     signals: Callable[[], Sequence[bool]] = tuple,
     measure: tuple[int, Callable[[Batch], torch.Tensor]] | None = None,
-) -> Iterator[tuple[Batch, Totals]]:
-    """Yield this rank's batches, each with its totals over all ranks, until every rank has read its last.
+) -> Iterator[tuple[Batch, Totals, Batch | None]]:
+    """Yield this rank's batches, each with its totals over all ranks, until every rank has read its last;
+    and the batch after it, where every rank has one.
 
     `measure`: how many numbers, and the function that gives them of a batch, float64, for `Totals.amounts`.
 
@@ -58,15 +58,20 @@ def in_step(
     """
     size, amounts_of = measure or (0, lambda batch: torch.empty(0, dtype=torch.float64))
     batches = iter(reader)
-    while True:
-        batch, failure = None, None
+
+    def read() -> tuple[Batch | None, str | None]:
         try:
-            batch = next(batches, None)
+            return next(batches, None), None
         except InputError as error:
-            failure = str(error)
+            return None, str(error)
+
+    batch, failure = read()
+    while True:
+        upcoming, next_failure = read() if batch is not None else (None, None)
         raised = [float(signal) for signal in signals()]
         rows = float(batch.num_rows) if batch is not None else 0.0
-        head = torch.tensor([failure is not None, batch is not None, rows, *raised], dtype=torch.float64)
+        marks = [failure is not None, batch is not None, upcoming is None]
+        head = torch.tensor([*marks, rows, *raised], dtype=torch.float64)
         mine = amounts_of(batch) if batch is not None else torch.zeros(size, dtype=torch.float64)
         total = all_reduce_sum(torch.cat([head, mine]), world)
         watchdog.alive("a step's exchange")
@@ -75,8 +80,10 @@ def in_step(
         if total[1] == 0:
             return
         assert batch is not None, "the order gives every rank the same number of batches"
-        flags = tuple(bool(value > 0) for value in total[3 : 3 + len(raised)])
-        yield batch, Totals(total[3 + len(raised) :], int(total[2]), flags)
+        flags = tuple(bool(value > 0) for value in total[4 : 4 + len(raised)])
+        totals = Totals(total[4 + len(raised) :], int(total[3]), flags)
+        yield batch, totals, upcoming if total[2] == 0 else None
+        batch, failure = upcoming, next_failure
 
 
 def together(world: World, action: Callable[[], Result]) -> Result:

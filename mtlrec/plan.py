@@ -114,10 +114,12 @@ def make_plan(
     sharder: EmbeddingBagCollectionSharder,
     world: World,
     copied: bool,
+    lookups: Mapping[str, float],
 ) -> Plan:
     """The planner's choice within the job's wishes: made on rank 0 and handed to all. A collective.
 
     copied: each worker's host memory is to hold a copy of its rows too.
+    lookups: feature -> ids that a row has of it, on average; 1 for those that are not there.
     Raises InputError on every rank where a wish cannot be granted or the tables do not fit into memory.
     """
     allowed = allowed_kinds(job, tables, world.world_size)
@@ -131,7 +133,8 @@ def make_plan(
         elif copied:
             device = min(device, host)
         try:
-            answer = {"plan": _ask_planner(job, tables, sharder, world, allowed, host, device).to_dict()}
+            plan = _ask_planner(job, tables, sharder, world, allowed, lookups, host, device)
+            answer = {"plan": plan.to_dict()}
         except PlannerError as error:
             answer = {"error": _refusal(tables, world, host, device, copied, str(error))}
     answer = json.loads(broadcast_bytes(json.dumps(answer).encode(), world))
@@ -205,6 +208,7 @@ def _ask_planner(
     sharder: EmbeddingBagCollectionSharder,
     world: World,
     allowed: dict[str, list[str]],
+    lookups: Mapping[str, float],
     host: int,
     device: int,
 ) -> Plan:
@@ -215,10 +219,12 @@ def _ask_planner(
         ddr_cap=int(host * (1 - _RESERVED)),
         hbm_cap=device,
     )
+    features = {each.name: each.feature_names for each in tables.embedding_bag_configs()}
     constraints = {
         name: ParameterConstraints(
             sharding_types=allowed[name],
             compute_kernels=["dense" if allowed[name] == ["data_parallel"] else "fused"],
+            pooling_factors=[lookups.get(feature, 1.0) for feature in features[name]],
             # Asked for, columns are spread over all workers, in multiples of the 4 that the kernels want.
             min_partition=4 * -(-dim // (4 * world.world_size)) if allowed[name] == ["column_wise"] else None,
         )

@@ -5,7 +5,7 @@ M rows of the model, T tasks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -109,13 +109,19 @@ class ShardedModel(nn.Module):
 
 
 def shard(
-    model: Recommender, job: Job, world: World, plan: dict[str, Any] | None = None, copied: bool = False
+    model: Recommender,
+    job: Job,
+    world: World,
+    plan: dict[str, Any] | None = None,
+    copied: bool = False,
+    lookups: Mapping[str, float] | None = None,
 ) -> ShardedModel:
     """Spread the tables of `model` over the workers; their weights are not set yet. A collective.
 
     `plan`: what `ShardedModel.plan.to_dict()` gave in an earlier run; used where it was made for the same
     tables, workers and wishes, so that a resume is the same to the bit, and left aside otherwise.
     copied: checkpoints will be written from a copy of the rows in host memory; a new plan leaves room for it.
+    lookups: feature -> ids that a row has of it, on average; a new plan evens out what workers look up.
     Raises InputError where `run.sharding` cannot be granted or memory does not suffice.
     """
     quiet_libraries()
@@ -128,7 +134,7 @@ def shard(
     sharder = _Sharder(fused_params=_fused_params(section))
     saved = _read(plan)
     if saved is None or not saved.serves(job, tables, world):
-        saved = make_plan(job, tables, sharder, world, copied)
+        saved = make_plan(job, tables, sharder, world, copied, lookups or {})
     group = dist.group.WORLD
     assert group is not None
     devices = [device.decode() for device in all_gather_bytes(str(world.device).encode(), world)]

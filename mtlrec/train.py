@@ -70,7 +70,8 @@ def train(run: Run, world: World, control: Control) -> dict[str, Any]:
     with ExitStack() as stack:
         # The reader fills its first windows while the model is built.
         reader = stack.enter_context(feed.reader(position, step, world)) if feed.is_open else None
-        trainer = assemble(job, feed.schema, world, run.url, checkpoint, start, forks)
+        lengths = feed.dataset.list_lengths if feed.is_open else None
+        trainer = assemble(job, feed.schema, world, run.url, checkpoint, start, forks, lengths)
         parameters = _parameters(trainer)
         if world.rank == 0:
             tables, dense = trainer.model.plan_table(), parameters["dense"]
@@ -199,12 +200,13 @@ class _Session:
         saver.feed = feed
         signals = lambda: (self.control.should_stop(), journal.due(), *saver.signals())  # noqa: E731
         amounts = (len(feed.schema.tasks) + 2, trainer.objective.amounts)
-        for batch, totals in in_step(reader, self.world, signals, amounts):
+        for batch, totals, upcoming in in_step(reader, self.world, signals, amounts):
             stop, report, *saving = totals.signals
             if feed.tally is not None:
                 feed.tally.add(feed.dataset, self.position, batch.position, totals.rows)
             journal.start_step()
-            done = trainer.train_step(batch, totals)
+            last = stop or trainer.step + 1 == total
+            done = trainer.train_step(batch, totals, None if last else upcoming)
             # Of the step before, while the device is busy with this one.
             self.tell(feed)
             self.untold = _Taken(trainer.step, self.position, batch, totals, done)

@@ -12,8 +12,8 @@ from mtlrec.distributed import World
 from mtlrec.job.errors import InputError
 from mtlrec.job.job import Job
 from mtlrec.model.model import Recommender, build_model
-from mtlrec.plan import Plan, Shard, allowed_kinds
-from mtlrec.sharding import ShardedModel, shard
+from mtlrec.plan import Plan, Shard, _ask_planner, allowed_kinds
+from mtlrec.sharding import ShardedModel, _fused_params, _Sharder, shard
 from tests.model.example import example_job, example_schema, single_world
 
 world = pytest.fixture(scope="module")(single_world)
@@ -103,6 +103,26 @@ def test_data_parallel_is_refused_with_adam(world: World) -> None:
     run = job.run.model_copy(update={"sharding": "data_parallel"})
     with pytest.raises(InputError, match=r"^run\.sharding: data_parallel is not for adam"):
         shard(model_of(job), job.model_copy(update={"run": run}), world)
+
+
+def test_what_workers_look_up_is_evened_out() -> None:
+    job = example_job()
+    tables = model_of(job).tables
+    assert isinstance(tables, EmbeddingBagCollection)
+    world = World(0, 2, 0, 2, torch.device("cpu"))
+    sharder = _Sharder(fused_params=_fused_params(job.optimizer.tables))
+    kinds = {table.name: ["table_wise"] for table in tables.embedding_bag_configs()}
+    features = {table.name: table.feature_names for table in tables.embedding_bag_configs()}
+    most = []
+    for lengths in ({}, {"history": 9.0, "tags": 5.0}):
+        plan = _ask_planner(job, tables, sharder, world, kinds, lengths, host=2**30, device=0)
+        held = [0.0, 0.0]
+        for table in plan.tables:
+            for feature in features[table.name]:
+                held[table.shards[0].rank] += table.dim * {"history": 9.0, "tags": 5.0}.get(feature, 1.0)
+        most.append(max(held) / sum(held))
+    # One table's 9 + 1 lookups of 24 are on the worker that has least of the others.
+    assert most[1] < 0.55 < most[0]
 
 
 def test_tables_beyond_the_memory_are_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -106,6 +106,25 @@ def id_kinds(schema: pa.Schema, columns: Sequence[Column]) -> dict[str, str]:
     """What the columns of ids hold, as `check_alike` tells them apart."""
     ids = (column.name for column in columns if column.holds in ("id", "id_list"))
     return {name: _family(schema.field(name).type) for name in ids}
+
+
+def list_lengths(
+    footers: Iterable[pq.FileMetaData], schema: pa.Schema, columns: Sequence[Column]
+) -> dict[str, float]:
+    """Mean length of the columns of lists of ids, by the first of `footers` that has rows.
+
+    A list that is empty or missing takes a place in Parquet too, and counts one.
+    """
+    names = {column.name for column in columns if column.holds == "id_list"}
+    footer = next((each for each in footers if each.num_rows), None)
+    if footer is None or not names:
+        return {}
+    groups = [footer.row_group(group) for group in range(footer.num_row_groups)]
+    found = {}
+    for leaf in leaves_of(footer, schema, names)[0]:
+        column = _column_of(footer.schema.column(leaf).path, schema)
+        found[column] = sum(group.column(leaf).num_values for group in groups) / footer.num_rows
+    return found
 
 
 def leaves_of(

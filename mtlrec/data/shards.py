@@ -112,6 +112,9 @@ class Dataset:
     """Arrow type of each column that was asked for, as the first shard has it."""
     id_kinds: dict[str, str]
     """Of each column of ids that was asked for: "integers", or "strings or binary"."""
+    list_lengths: dict[str, float]
+    """Of each column of lists of ids that was asked for: their mean length, by the first shard that
+    has rows. A list that is empty or missing counts one."""
     _footers: OrderedDict[int, _Footer] = field(default_factory=OrderedDict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -181,6 +184,7 @@ class Dataset:
             _fingerprint(shards),
             {column.name: str(schema.field(column.name).type) for column in columns},
             column_types.id_kinds(schema, columns),
+            column_types.list_lengths([footer for _, footer in read], schema, columns),
         )
 
     def where(self, group: int) -> str:

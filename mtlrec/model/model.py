@@ -11,13 +11,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torchrec.distributed.types import ShardedModule
 
 from mtlrec.batch import Batch
 from mtlrec.job.job import Job
 from mtlrec.model.backbones.registry import BACKBONES
 from mtlrec.model.dropout import Dropout
 from mtlrec.model.layers import initialise_dense, pad_trunk
-from mtlrec.model.tables import build_tables, pool
+from mtlrec.model.tables import SentIds, build_tables, pool
 from mtlrec.model.towers import OutputBias, Towers
 from mtlrec.schema import Lookup, Schema, Task
 
@@ -53,12 +54,19 @@ class Recommender(nn.Module):
     def forward(self, batch: Batch) -> torch.Tensor:
         return self.dense_part(self.trunk_input(batch), batch)
 
-    def trunk_input(self, batch: Batch) -> torch.Tensor:
+    def send_ids(self, batch: Batch) -> SentIds | None:
+        """Send the ids of a batch that comes later to the workers that hold their rows; None where the tables
+        are not sharded. A collective.
+        """
+        return SentIds(self.tables, batch.ids) if isinstance(self.tables, ShardedModule) else None
+
+    def trunk_input(self, batch: Batch, sent: SentIds | None = None) -> torch.Tensor:
         """[M, W] float32: pooled embeddings in the order of the lookups, the dense numbers, and the padding.
 
-        With its gradient, but for the dense numbers alone where there are no tables.
+        With its gradient, but for the dense numbers alone where there are no tables. `sent`: what `send_ids`
+        gave of this batch, if it was called.
         """
-        pooled = pool(self.tables, batch.ids, self._lookups) if self.tables is not None else []
+        pooled = pool(self.tables, batch.ids, self._lookups, sent) if self.tables is not None else []
         return pad_trunk([*pooled, batch.dense])
 
     def embeddings(self, x: torch.Tensor) -> torch.Tensor:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
-from torchrec.distributed.types import Awaitable
+from torchrec.distributed.types import Awaitable, ShardedModule
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
@@ -53,14 +54,41 @@ def output_names(lookups: Sequence[Lookup]) -> list[str]:
     ]
 
 
-def pool(tables: nn.Module, ids: KeyedJaggedTensor, lookups: Sequence[Lookup]) -> list[torch.Tensor]:
+class SentIds:
+    """Ids of a batch on their way to the workers that hold their rows, while this one computes.
+
+    In two legs: how many each worker gets, then the ids, which `go_on` sends. All workers make it, call
+    `go_on` and look up at the same places among their collectives.
+    """
+
+    def __init__(self, tables: ShardedModule[Any, Any, Any, Any], ids: KeyedJaggedTensor) -> None:
+        self._tables, self._context = tables, tables.create_context()
+        self._leg = tables.input_dist(self._context, ids)
+        self._gone_on = False
+
+    def go_on(self) -> None:
+        """Wait for the first leg and begin the second."""
+        assert not self._gone_on
+        self._leg, self._gone_on = self._leg.wait(), True
+
+    def look_up(self) -> Any:
+        """What `tables(ids)` returns."""
+        if not self._gone_on:
+            self.go_on()
+        return self._tables.compute_and_output_dist(self._context, self._leg.wait())
+
+
+def pool(
+    tables: nn.Module, ids: KeyedJaggedTensor, lookups: Sequence[Lookup], sent: SentIds | None = None
+) -> list[torch.Tensor]:
     """Pooled embeddings of `lookups`, all that there are, side by side in this order: float32 parts of M
-    rows, each of one lookup or of several that follow one another.
+    rows, each of one lookup or of several that follow one another. `sent`: the ids, where they were sent
+    ahead.
 
     Picked by key: the order in which a sharded collection returns them depends on its sharding plan. What
     lies in order there is not cut, as it would be put together again, in the backward too.
     """
-    pooled = tables(ids)
+    pooled = tables(ids) if sent is None else sent.look_up()
     if isinstance(pooled, Awaitable):
         pooled = pooled.wait()
     assert isinstance(pooled, KeyedTensor)

@@ -58,6 +58,13 @@ def write(folder: str | Path, shards: Sequence[Sequence[int]]) -> str:
     return str(folder)
 
 
+def test_mean_lengths_of_lists_are_those_of_the_first_shard_with_rows(tmp_path: Path) -> None:
+    """Two ids in each list, but for every third, which is missing and counts one."""
+    found = Dataset.open(write(tmp_path, [[0], [9, 6], [2]]), COLUMNS)
+    assert found.list_lengths == {"history": (10 * 2 + 5 * 1) / 15}
+    assert Dataset.open(str(tmp_path), [USER, CLICK]).list_lengths == {}
+
+
 def refusal(url: str, columns: Sequence[Column] = COLUMNS) -> str:
     with pytest.raises(InputError) as raised:
         Dataset.open(url, columns)

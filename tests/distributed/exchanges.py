@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,8 @@ from mtlrec.distributed import (
     combine_bytes,
     gather_bytes,
 )
+from mtlrec.job.errors import InputError
+from mtlrec.lockstep import in_step
 
 
 def exchange(world: World) -> dict[str, Any]:
@@ -43,7 +47,28 @@ def exchange(world: World) -> dict[str, Any]:
         "broadcast nothing": list(broadcast_bytes(b"", world)),
         "errors": errors,
         "array": np.arange(3),
+        "steps": {"to the end": in_step_of(3, None, world), "until one fails": in_step_of(4, 1, world)},
     }
+
+
+def in_step_of(count: int, failing: int | None, world: World) -> dict[str, Any]:
+    """What steps of `count` batches gave, the n-th with 10 n + rank rows: rows of each, of all ranks, and of
+    the next batch, where it was given. failing: the rank whose third batch is an error.
+    """
+
+    def read() -> Iterator[Any]:
+        for number in range(1, count + 1):
+            if number == 3 and world.rank == failing:
+                raise InputError("the third is wrong")
+            yield SimpleNamespace(num_rows=10 * number + world.rank)
+
+    steps, error = [], None
+    try:
+        for batch, totals, upcoming in in_step(read(), world):
+            steps.append([batch.num_rows, totals.rows, upcoming and upcoming.num_rows])
+    except InputError as caught:
+        error = str(caught)
+    return {"steps": steps, "error": error}
 
 
 def fail_on_one(world: World) -> dict[str, Any]:

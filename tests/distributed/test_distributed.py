@@ -31,6 +31,16 @@ def test_exchanges_between_three(tmp_path: Path) -> None:
         assert found["broadcast nothing"] == []
         assert found["errors"] == {"none": [], "one": ["größer als erlaubt"], "empty": [""]}
         np.testing.assert_array_equal(found["array"], [0, 1, 2])
+        one, two, three = ((10 * n + rank, 30 * n + 3) for n in (1, 2, 3))
+        assert found["steps"]["to the end"] == {
+            "steps": [[*one, two[0]], [*two, three[0]], [*three, None]],
+            "error": None,
+        }
+        # Nobody is given a next batch that another lacks, and the one before it is whole.
+        assert found["steps"]["until one fails"] == {
+            "steps": [[*one, two[0]], [*two, None]],
+            "error": "the third is wrong",
+        }
 
 
 def test_a_rank_that_fails_is_told_with_its_words(tmp_path: Path) -> None:

@@ -44,10 +44,10 @@ FAULTS = {
 
 
 def work(world: Any, data_url: str, cases: dict[str, dict[str, Any]]) -> Results:
-    """In a worker: for each case five steps by `train_step`, before the third of which every fault is tried;
-    the same where it learns later what was not finite ("late", as on CUDA); and the five by one plain
-    backward. Returns all that a checkpoint keeps and the losses of each, and what the faults moved and were
-    told.
+    """In a worker: for each case five steps by `train_step`, before the third of which every fault is tried,
+    each with the next one's ids sent ahead; the same with none sent ahead, and where it learns later what was
+    not finite ("late", as on CUDA); and the five by one plain backward. Returns all that a checkpoint keeps
+    and the losses of each, and what the faults moved and were told.
     """
     import torch
 
@@ -73,8 +73,11 @@ def work(world: Any, data_url: str, cases: dict[str, dict[str, Any]]) -> Results
                     moved_late, told_late = try_fault(late, schema, dataset, batch, totals, fault)
                     assert told_late == told
                     found |= {f"{name}/{fault}/moved": moved + moved_late, f"{name}/{fault}/told": told}
-            for path, trainer in (("ours", ours), ("late", late)):
-                done = trainer.train_step(batch, totals)
+            # A fault that comes between leaves what was sent ahead for another batch.
+            upcoming = data[step + 1][0] if step + 1 < len(data) else None
+            for path, trainer, ahead in (("ours", ours, upcoming), ("late", late, None)):
+                done = trainer.train_step(batch, totals, ahead)
+                assert (trainer._ahead is None) == (ahead is None)
                 assert done.evidence is None, (name, path, step)
                 losses[path].append(done.losses)
             losses["plain"].append(plain_step(plain, batch, count))
