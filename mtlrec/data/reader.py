@@ -46,8 +46,8 @@ class Reader:
     what draws them, if any. quarantine: is told which rows are bad, which no batch then has (they keep their
     place in the order); None: a bad row is an error. keep_bad: bad rows are in the batches after all, which
     say so. ahead: batches that are kept ready. pin_memory: put batches where a GPU copies them from while it
-    computes. threads: row groups that are read and decoded side by side; 0: it is done where batches are built,
-    None: that where the process has one core, else 2.
+    computes. threads: row groups that are read and decoded side by side; 0: where batches are built; None: as
+    with 0 where the process has one core, else 2.
 
     Raises InputError for a batch size that lanes do not divide, and for a position of other data or lanes.
     """
