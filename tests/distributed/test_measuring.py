@@ -33,7 +33,7 @@ CASES: dict[str, list[Acts]] = {
     "straight": [[]],
     "noticed": [[(2, 5, NOTICE)]],
     # The first batch is not scored before it is heard, the last exchange comes behind the last batch.
-    "early-and-late": [[(1, 1, NOTICE), (3, 33, NOTICE)]],
+    "early-and-late": [[(1, 1, NOTICE), (3, 11, NOTICE)]],
     "gone": [[(2, 5, NOTICE), (3, 5, CRASH)], []],
     "stopped": [[(2, 5, STOP)], []],
     "stopped-at-the-end": [[(3, 5, STOP)], [(1, 5, STOP)], []],
@@ -41,7 +41,7 @@ CASES: dict[str, list[Acts]] = {
     "beside": [[(1, 3, JOIN), (1, 6, JOIN)]],
     "follows": [[], [(1, 2, STOP)], []],
 }
-"""Each start of each run. Two epochs are 64 steps, a measurement 32 batches."""
+"""Each start of each run. Two epochs are 64 steps, a measurement 10 batches."""
 
 
 class Crash(Exception):
@@ -141,6 +141,7 @@ class Runs:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         write_small_data(folder / "data")
+        write_small_data(folder / "valid", rows=480, shards=2, seed=1)
         write_small_data(folder / "later", rows=300, shards=1, seed=1)
         (folder / "later" / "part-0.parquet").rename(folder / "later" / "part-9.parquet")
         calls, names = [], []
@@ -161,7 +162,8 @@ class Runs:
                 getattr(self, key).setdefault(name, []).append(each)
 
     def _job(self, name: str) -> dict[str, Any]:
-        job = small_job(self.folder / "data", self.folder / "runs", name)
+        valid = str(self.folder / "valid")
+        job = small_job(self.folder / "data", self.folder / "runs", name, data__eval=valid)
         job["run"] |= {"max_steps": STEPS, "record_rows": True, "checkpoint": {"keep_last": 99}}
         if name != "not-judged":
             job["run"]["evaluate"] = {"every_steps": EVERY, "metric": ["click/auc"]}
