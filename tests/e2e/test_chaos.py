@@ -1,6 +1,6 @@
-"""kill -9 of a whole second Ray node, of a worker and of the driver: nothing is lost, nothing is left.
+"""kill -9 of a whole second Ray node and of the driver: nothing is lost, nothing is left.
 
-`make chaos` does the same twenty times.
+A worker alone is killed in test_ray.py. `make chaos` does all three, twenty times.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from pathlib import Path
 from tests.chaos import Chaos, verdict
 
 
-def test_a_run_outlives_its_node_its_worker_and_its_driver(tmp_path: Path) -> None:
-    chaos = Chaos(tmp_path, ["node", "worker", "driver"], seed=1)
+def test_a_run_outlives_its_node_and_its_driver(tmp_path: Path) -> None:
+    chaos = Chaos(tmp_path, ["node", "driver"], seed=1)
     found = verdict(chaos, chaos.disturb())
-    assert found["kills"] == {"worker": 1, "driver": 1, "node": 1}
+    assert found["kills"] == {"driver": 1, "node": 1}
     assert found["ended"], found
-    assert found["starts"] >= 4, "each kill made the workers start again"
+    assert found["starts"] >= 3, "each kill made the workers start again"
     assert found["ledger_exact"], "every row was trained as in a run that nobody disturbed"
     assert found["metrics_differ_by"] <= 1e-3, found
     assert found["stray"] == []
