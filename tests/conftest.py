@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,3 +70,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
     items.sort(key=turn)  # stable: within a file and among the others nothing changes
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """`--dist loadfile`, but for files whose tests start ranks: those all go to one process.
+
+    Each process that forks ranks imports everything three times more (SERVERS): 24 s of processor time.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    @cache
+    def starts_ranks(file: str) -> bool:
+        return "benchmarks" in file or "run_processes" in (config.rootpath / file).read_text()
+
+    class WholeFiles(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "ranks" if starts_ranks(file) else file
+
+    return WholeFiles(config, log) if config.getoption("dist") == "loadfile" else None
