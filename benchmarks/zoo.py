@@ -25,6 +25,9 @@ from mtlrec.schema import Schema, build_schema
 from mtlrec.train import train
 from tests.distributed.processes import Results
 
+WEIGHT_DECAY = 1e-5
+"""torch-rechub's, unless told otherwise (MTLTrainer); DeepCTR-Torch adds a penalty of as much to the loss."""
+
 
 @dataclass(frozen=True)
 class Steps:
@@ -39,19 +42,26 @@ class Steps:
 def rates(world: World, runs: dict[str, dict[str, Any]], steps: dict[str, int]) -> Results:
     """In the worker: samples a second and a second of processor time, of each turn of each side.
 
-    `runs`: of ours, "small", "large" and, with other batches, "small_BATCH". Theirs are "zoo", "zoo_fused"
-    and "zoo_BATCH".
+    `runs`: of ours, "small", "large" and, with other batches, "small_BATCH". Theirs are "zoo" and
+    "zoo_BATCH"; without decay "zoo_BATCH_bare" and "zoo_fused".
     """
     count = Steps(**steps)
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     trainings = {name: Training(Run(**run), world) for name, run in runs.items()}
     jobs = {name: job_from_dict(run["job"], "benchmark") for name, run in runs.items()}
-    jobs |= {name.replace("small", "zoo"): job for name, job in jobs.items() if name.startswith("small")}
-    jobs["zoo_fused"] = jobs["zoo"]
+    theirs = {name.replace("small", "zoo"): job for name, job in jobs.items() if name.startswith("small")}
+    theirs |= {f"{name}_bare": job for name, job in theirs.items() if name != "zoo"}
+    theirs["zoo_fused"] = theirs["zoo"]
+    jobs |= theirs
     zoos = {
-        name: Zoo(job, count.theirs * count.repeats + 1, world, fused=name == "zoo_fused")
-        for name, job in jobs.items()
-        if name.startswith("zoo")
+        name: Zoo(
+            job,
+            count.theirs * count.repeats + 1,
+            world,
+            decay=0.0 if name.endswith(("_bare", "_fused")) else WEIGHT_DECAY,
+            fused=name.endswith("_fused"),
+        )
+        for name, job in theirs.items()
     }
     cpu: dict[str, list[float]] = {name: [] for name in (*trainings, *zoos)}
 
@@ -153,12 +163,14 @@ class _Gate(Silent):
 class Zoo:
     """The model as model zoos have it, with its batches and its one optimizer for everything."""
 
-    def __init__(self, job: Job, num_batches: int, world: World, fused: bool) -> None:
+    def __init__(self, job: Job, num_batches: int, world: World, decay: float, fused: bool) -> None:
         torch.manual_seed(1)
         self._model = ZooModel(build_schema(job.schema_, job.model))
         rate = job.optimizer.dense.lr
         parameters = list(self._model.parameters())
-        self._optimizer = torch.optim.Adam(parameters, lr=rate, fused=True if fused else None)
+        self._optimizer = torch.optim.Adam(
+            parameters, lr=rate, weight_decay=decay, fused=True if fused else None
+        )
         self._batches, self._taken = first_batches(job, num_batches, world), 0
         self.parameters = sum(parameter.numel() for parameter in parameters)
 

@@ -8,14 +8,14 @@ from benchmarks import vocabulary
 def test_the_figures_are_printed() -> None:
     found = vocabulary.main(["--quick"])
     assert found["ratios"].keys() == {"at_1.6M", "16M_of_1.6M"}
-    assert found["beside"].keys() == {"fused_adam", "batch_64", "batch_16"}
+    assert found["beside"].keys() == {"bare", "batch_256", "batch_16", "batch_16_bare", "fused_adam"}
     for name, values in (found["ratios"] | found["beside"]).items():
         assert 0 < values["min"] <= values["median"] <= values["max"], name
         assert found["cpu"][name]["min"] > 0
     for rates in (found["samples_per_s"], found["samples_per_cpu_s"]):
         assert rates.keys() == {
             *("small", "large", "small_64", "small_16"),
-            *("zoo", "zoo_fused", "zoo_64", "zoo_16"),
+            *("zoo", "zoo_fused", "zoo_64", "zoo_64_bare", "zoo_16", "zoo_16_bare"),
         }
         assert all(each["min"] > 0 for each in rates.values())
     parameters = found["parameters"]
