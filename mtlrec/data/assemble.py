@@ -142,7 +142,7 @@ class Builder:
         self._neighbours = _neighbours([feature.source == "id_list" for feature in schema.id_features])
         self._num_dense, self._num_tasks = schema.dense_width, len(schema.tasks)
 
-    def build(self, run: Run, step: int) -> Iterator[Batch]:
+    def build(self, run: Run, step: int) -> list[Batch]:
         """The batches of a run, whose first is step number `step` of the whole training."""
         steps = len(run.positions)
         # What differs from step to step is built step by step.
@@ -151,12 +151,12 @@ class Builder:
             or self._keys
             or any(columns.bad is not None for columns, _, _ in run.cuts)
         ):
+            found = []
             for number, position in enumerate(run.positions):
-                yield from self.build(
-                    Run([cut.of_step(number, steps) for cut in run.cuts], [position]), step + number
-                )
-            return
-        yield from self._build(run.cuts, run.positions, step)
+                cuts = [cut.of_step(number, steps) for cut in run.cuts]
+                found += self._build(cuts, [position], step + number)
+            return found
+        return self._build(run.cuts, run.positions, step)
 
     def _build(self, cuts: Sequence[Cut], positions: Sequence[Position], step: int) -> list[Batch]:
         steps = len(positions)

@@ -271,17 +271,9 @@ def interleave(parts: Sequence[Array], steps: int) -> Array:
     """Parts [..., rows of so many steps, as many of each] -> the first step's rows of each part, the second's
     of each, and so on; [..., rows].
     """
-    if steps == 1:
-        return np.concatenate(parts, axis=-1)
     lead = parts[0].shape[:-1]
-    found = np.empty((*lead, steps, sum(part.shape[-1] for part in parts) // steps), parts[0].dtype)
-    begin = 0
-    for part in parts:
-        by_step = part.reshape(*lead, steps, -1)
-        end = begin + by_step.shape[-1]
-        found[..., begin:end] = by_step
-        begin = end
-    return found.reshape(*lead, -1)
+    by_step = [part.reshape(*lead, steps, part.shape[-1] // steps) for part in parts]
+    return np.concatenate(by_step, axis=-1).reshape(*lead, -1)
 
 
 def shuffle_cuts(cuts: Sequence[Cut], order: npt.NDArray[np.int64]) -> Columns:

@@ -45,7 +45,7 @@ class Reader:
     through in `Batch.keys`. vocabularies: by table. first_step: `Batch.step` of the first batch. negatives:
     what draws them, if any. quarantine: is told which rows are bad, which no batch then has (they keep their
     place in the order); None: a bad row is an error. keep_bad: bad rows are in the batches after all, which
-    say so. ahead: batches that are kept ready. pin_memory: put batches where a GPU copies them from while it
+    say so. ahead: batches kept ready, at least. pin_memory: put batches where a GPU copies them from while it
     computes. threads: row groups that are read and decoded side by side; 0: where batches are built; None: as
     with 0 where the process has one core, else 2.
 
@@ -175,9 +175,8 @@ def _build_ahead(of_runs: Iterator[Run], builder: Builder, first_step: int, read
     try:
         step = first_step
         for run in of_runs:
-            for batch in builder.build(run, step):
-                if not ready.put(batch):
-                    return
+            if not ready.put(builder.build(run, step)):
+                return
             step += len(run.positions)
     except BaseException as error:
         failure = error
@@ -194,13 +193,15 @@ class _Ready:
         self._finished = self._stopped = False
         self._failure: BaseException | None = None
 
-    def put(self, batch: Batch) -> bool:
-        """Wait for room; False once nobody wants more."""
+    def put(self, batches: Sequence[Batch]) -> bool:
+        """Wait for room for one, and put all: each costs both threads a turn, and those that were built
+        together lie in the same memory. False once nobody wants more.
+        """
         with self._changed:
             while len(self._batches) >= self._size and not self._stopped:
                 self._changed.wait()
             if not self._stopped:
-                self._batches.append(batch)
+                self._batches.extend(batches)
                 self._changed.notify_all()
             return not self._stopped
 
