@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pytest
 import yaml
 
+from mtlrec.cli import main
 from tests.e2e.driven import Command, checkpoints
 from tests.small_data import small_job, write_small_data
 
 EVERY = 20
 
 
-def test_a_stop_file_saves_and_exits_with_3(tmp_path: Path) -> None:
+def test_a_stop_file_saves_and_exits_with_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_small_data(tmp_path / "train")
     job = small_job(Path("train"), Path("runs"), "asked", run__epochs=10_000)
     job["data"]["eval"] = None
@@ -33,5 +36,9 @@ def test_a_stop_file_saves_and_exits_with_3(tmp_path: Path) -> None:
     assert result["stopped"] and not stop.exists()
     assert result["checkpoint"].endswith(f"step-{result['steps']:012d}.a0001")
     assert "nobody trains" in Command(tmp_path, "stop", "runs/asked").result(code=2)["error"]
-    again = Command(tmp_path, "train", "job.yaml", "--set", f"run.max_steps={result['steps'] + 5}").result()
+    more = ["--set", f"run.max_steps={result['steps'] + 5}", "--json"]
+    assert main(["train", str(tmp_path / "job.yaml"), *more]) == 0
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    again = json.loads(out)
     assert again["steps"] == result["steps"] + 5 and not again["stopped"]
