@@ -8,9 +8,9 @@ three numbers, two labels, a sample weight. 320 row groups in 8 files, as `pyarr
 them by default (snappy, dictionaries), no nulls. The files are in the page cache for both.
 
 - Ours: `Dataset.open` and `Reader` as training uses them: shuffled, 16 lanes on one worker, batches of 4,096,
-  two threads that fill windows and one that builds batches, until the last batch of one epoch is taken. Ids
-  become rows of tables, numbers and labels float32. The first fill of all lanes is in the time, and so are
-  the row groups that two lanes share, which are read twice.
+  until the last batch of one epoch is taken. Two threads fill windows and one builds batches; on one core one
+  does both, as the reader decides by itself. Ids become rows of tables, numbers and labels float32. The first
+  fill of all lanes is in the time, and so are the row groups that two lanes share, which are read twice.
 - Theirs: each file opened, and `ParquetFile.iter_batches` over these columns, in batches of 4,096 rows that
   are counted and dropped. The scenario is left as a dictionary, which is faster than making texts.
 
