@@ -189,7 +189,8 @@ class Builder:
         whole = parts[0].rest if parts else None
         if whole is not None:
             rows[:, :num_rows] = whole.rows.reshape(steps, -1)
-            for task, targets in enumerate(whole.targets.reshape(self._num_tasks, steps, -1)):
+            for task, of_task in enumerate(whole.targets):
+                targets = of_task.reshape(steps, -1)
                 known = np.isfinite(targets)
                 valid[:, :num_rows, task] = known
                 np.copyto(labels[:, :num_rows, task], targets, where=known)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mtlrec.batch import Batch
+from mtlrec.data import assemble
 from mtlrec.data.ids import rows_of as table_rows
 from mtlrec.data.order import Position, lane_rows, worker_lanes
 from mtlrec.data.reader import Reader
@@ -112,6 +113,24 @@ def test_neither_threads_nor_what_is_read_ahead_change_anything(data):
     expected = rows_of(read(data, epochs=2, threads=1, ahead=1))
     for threads in (0, 2, 5):
         assert rows_of(read(data, epochs=2, threads=threads, ahead=9)) == expected
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_batches_built_together_are_those_built_one_by_one(data, monkeypatch, world_size):
+    def contents(together: int) -> list[list[object]]:
+        monkeypatch.setattr(assemble, "_ROWS_TOGETHER", together)
+        batches = read(data, epochs=2, window=40, rank=world_size - 1, world_size=world_size)
+        found = []
+        for each in batches:
+            ids = [each.ids.values(), each.ids.lengths()]
+            tensors = [*ids, each.dense, each.labels, each.valid, each.scenario, each.rows]
+            assert all(tensor.is_contiguous() for tensor in tensors)
+            found.append([each.position, each.step, each.num_rows, *(tensor.tolist() for tensor in tensors)])
+        return found
+
+    alone = contents(1)
+    assert contents(100) == alone
+    assert contents(10_000) == alone
 
 
 def test_seed_and_window_change_the_order(data):
