@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # Lowest first: a module imports only what stands before it. A package is one place and imports freely within.
 # Above the first line no torch, above the second no ray.
 LAYERS = """
-    __init__ job stack schema patience s3_client s3 direct storage watchdog heap metrics
+    __init__ job stack schema patience s3_client s3 direct storage watchdog heap priority metrics
     data.ids data.vocabulary data.source data.labels data.order data.column_types data.shards data.columns
     data.decode data.quarantine data.negatives data.windows
     data.statistics data.label_statistics data.overview data.population data.synthetic data.prepare

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError
@@ -25,12 +24,11 @@ from mtlrec.checkpoint.tensors import TableBlock
 from mtlrec.data.vocabulary import Vocabulary
 from mtlrec.distributed import World, all_ok
 from mtlrec.job.errors import InputError
+from mtlrec.priority import CHECKPOINTS, step_back
 from mtlrec.storage import StorageError
 
 _FEW_THREADS = 2
 """Files that a worker writes side by side while it trains: more would take the cores from training."""
-_NICE = 10
-"""Of a thread that writes while training goes on: it takes the time in which workers wait for one another."""
 _INPUT, _FAULT = "input:", "fault:"
 """How a failure is marked on its way to the other ranks."""
 
@@ -135,9 +133,7 @@ class Saving:
     def _start(self, work: Callable[[], None]) -> None:
         def run() -> None:
             if self._yields:
-                # On Linux a thread has a priority of its own, which those that it starts get from it.
-                with contextlib.suppress(OSError):
-                    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+                step_back(CHECKPOINTS)
             try:
                 work()
             except Exception as error:  # raised where all ranks know of it

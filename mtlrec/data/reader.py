@@ -25,6 +25,7 @@ from mtlrec.data.shards import Dataset
 from mtlrec.data.vocabulary import Vocabulary
 from mtlrec.data.windows import Windows
 from mtlrec.job.errors import InputError
+from mtlrec.priority import BATCHES, step_back
 from mtlrec.schema import Schema
 
 _Array = npt.NDArray[Any]
@@ -171,6 +172,7 @@ def _stop(windows: Windows, ready: _Ready) -> None:
 
 
 def _build_ahead(of_runs: Iterator[Run], builder: Builder, first_step: int, ready: _Ready) -> None:
+    step_back(BATCHES)
     failure: BaseException | None = None
     try:
         step = first_step

@@ -26,6 +26,7 @@ from mtlrec.data.quarantine import Quarantine
 from mtlrec.data.shards import Dataset, Unreadable
 from mtlrec.data.source import BadRows
 from mtlrec.data.vocabulary import Vocabulary
+from mtlrec.priority import BATCHES, step_back
 from mtlrec.schema import Schema
 
 _JOIN_S = 10.0
@@ -131,6 +132,7 @@ class Windows:
             thread.join(_JOIN_S)
 
     def _work(self) -> None:
+        step_back(BATCHES)
         try:
             while (order := self._hand_out()) is not None:
                 number, fill, lane = order

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 import time
 from collections import Counter
@@ -21,6 +22,7 @@ from mtlrec.data.shards import Dataset
 from mtlrec.job.errors import InputError
 from mtlrec.job.model import ModelSection
 from mtlrec.job.schema import SchemaSection
+from mtlrec.priority import BATCHES
 from mtlrec.schema import build_schema
 from tests.data.numbered import (
     LANES,
@@ -274,6 +276,24 @@ def test_closing_stops_every_thread(data):
         assert our_threads() == [] and time.monotonic() - began < 5
         assert list(found) == []
         found.close()
+
+
+def test_threads_that_read_ahead_let_training_go_first(data):
+    """As far as the system's scale of niceness goes."""
+
+    def niceness(thread):
+        return os.getpriority(os.PRIO_PROCESS, thread.native_id)
+
+    here = niceness(threading.current_thread())
+    for threads in (0, 2):
+        with reader(data, epochs=1000, threads=threads):
+            assert len(our_threads()) == threads + 1
+            deadline = time.monotonic() + 10
+            # Each sees to it itself, once it runs.
+            while {niceness(each) for each in our_threads()} != {min(here + BATCHES, 19)}:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+    assert niceness(threading.current_thread()) == here
 
 
 def test_a_reader_that_is_dropped_stops_by_itself(data):
