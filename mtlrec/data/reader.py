@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from mtlrec import storage
 from mtlrec.batch import Batch
 from mtlrec.data.assemble import Builder, Run, runs
 from mtlrec.data.negatives import Sampler
@@ -48,7 +49,7 @@ class Reader:
     place in the order); None: a bad row is an error. keep_bad: bad rows are in the batches after all, which
     say so. ahead: batches kept ready, at least. pin_memory: put batches where a GPU copies them from while it
     computes. threads: row groups that are read and decoded side by side; 0: where batches are built; None: as
-    with 0 where the process has one core, else 2.
+    with 0 for files of this machine where the process has one core, else 2.
 
     Raises InputError for a batch size that lanes do not divide, and for a position of other data or lanes.
     """
@@ -101,8 +102,7 @@ class Reader:
             vocabularies=vocabularies,
             negatives=negatives,
             quarantine=quarantine,
-            # On one core they would take turns, and each turn costs.
-            threads=(2 if _cores() > 1 else 0) if threads is None else threads,
+            threads=_threads(dataset) if threads is None else threads,
         )
         builder = Builder(
             schema,
@@ -161,9 +161,12 @@ class Reader:
         self.close()
 
 
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _threads(dataset: Dataset) -> int:
+    """That read and decode: on one core they would take turns, of which each costs, but for the time in which
+    they wait for object storage.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if cores == 1 and storage.local_path(dataset.url) else 2
 
 
 def _stop(windows: Windows, ready: _Ready) -> None:
