@@ -14,7 +14,8 @@ BATCHES, CHECKPOINTS = 10, 15
 """Steps of niceness behind the thread that trains, for those that read ahead and those that write beside it.
 They take the time in which workers wait for one another. At the same priority they take the core from one
 worker now and from another then, and each time all wait."""
-_LAST = 19
+LAST = 19
+"""There is no niceness beyond it."""
 
 
 def step_back(steps: int) -> None:
@@ -23,5 +24,5 @@ def step_back(steps: int) -> None:
         return  # elsewhere it would be the priority of a process
     thread = threading.get_native_id()
     with contextlib.suppress(OSError):  # where a sandbox forbids it, it is only slower
-        behind = min(os.getpriority(os.PRIO_PROCESS, thread) + steps, _LAST)
+        behind = min(os.getpriority(os.PRIO_PROCESS, thread) + steps, LAST)
         os.setpriority(os.PRIO_PROCESS, thread, behind)

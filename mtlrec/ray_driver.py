@@ -18,6 +18,7 @@ from mtlrec import storage
 from mtlrec.importing import uncollected
 from mtlrec.job.errors import FinalFailure, InputError
 from mtlrec.job.run import MAX_WORKERS, RunSection
+from mtlrec.priority import CHECKPOINTS, LAST
 from mtlrec.ray_board import INPUT, Board, Ending
 from mtlrec.ray_worker import DUMP_S, POLL_S, arrow_place, first_line, work
 from mtlrec.stopping import StopRequest
@@ -64,6 +65,8 @@ def launch_on_ray(
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         # Nobody takes away the one node of a Ray of our own.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        # At Ray's own 15 of 19 little room is left behind a worker, for its threads that let it go first.
+        os.environ.setdefault("RAY_worker_niceness", str(LAST - CHECKPOINTS))
     with uncollected():
         import ray
 
