@@ -22,13 +22,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.end_to_end import of_turns, rates
+from benchmarks.end_to_end import WORKERS, of_turns, rates
 from benchmarks.measure import of_each, parser, progress, ratio, report
 from benchmarks.sized import QUICK, Size, write_data
 from benchmarks.turns import Turns, take_turns
 from tests.distributed.processes import Results
 
-WORKERS = (1, 2)
 MUST, AIM = 0.95, 1.0
 
 

@@ -113,13 +113,13 @@ def test_what_workers_look_up_is_evened_out() -> None:
     sharder = _Sharder(fused_params=_fused_params(job.optimizer.tables))
     kinds = {table.name: ["table_wise"] for table in tables.embedding_bag_configs()}
     features = {table.name: table.feature_names for table in tables.embedding_bag_configs()}
-    most = []
-    for lengths in ({}, {"history": 9.0, "tags": 5.0}):
-        plan = _ask_planner(job, tables, sharder, world, kinds, lengths, host=2**30, device=0)
+    lengths, most = {"history": 9.0, "tags": 5.0}, []
+    for told in ({}, lengths):
+        plan = _ask_planner(job, tables, sharder, world, kinds, told, host=2**30, device=0)
         held = [0.0, 0.0]
         for table in plan.tables:
             for feature in features[table.name]:
-                held[table.shards[0].rank] += table.dim * {"history": 9.0, "tags": 5.0}.get(feature, 1.0)
+                held[table.shards[0].rank] += table.dim * lengths.get(feature, 1.0)
         most.append(max(held) / sum(held))
     # One table's 9 + 1 lookups of 24 are on the worker that has least of the others.
     assert most[1] < 0.55 < most[0]

@@ -6,15 +6,11 @@ stride), K negatives a row, M = S (1 + K), F id features, N dense numbers, T tas
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType, TracebackType
-from typing import Any
-
-import numpy.typing as npt
 
 from mtlrec import storage
 from mtlrec.batch import Batch
@@ -25,11 +21,10 @@ from mtlrec.data.quarantine import Quarantine
 from mtlrec.data.shards import Dataset
 from mtlrec.data.vocabulary import Vocabulary
 from mtlrec.data.windows import Windows
+from mtlrec.doctor import read_cores
 from mtlrec.job.errors import InputError
 from mtlrec.priority import BATCHES, step_back
 from mtlrec.schema import Schema
-
-_Array = npt.NDArray[Any]
 
 _JOIN_S = 10.0
 
@@ -165,8 +160,7 @@ def _threads(dataset: Dataset) -> int:
     """That read and decode: on one core they would take turns, of which each costs, but for the time in which
     they wait for object storage.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 0 if cores == 1 and storage.local_path(dataset.url) else 2
+    return 0 if read_cores() <= 1 and storage.local_path(dataset.url) else 2
 
 
 def _stop(windows: Windows, ready: _Ready) -> None:

@@ -58,23 +58,19 @@ class SentIds:
     """Ids of a batch on their way to the workers that hold their rows, while this one computes.
 
     In two legs: how many each worker gets, then the ids, which `go_on` sends. All workers make it, call
-    `go_on` and look up at the same places among their collectives.
+    `go_on` once and then look up, at the same places among their collectives.
     """
 
     def __init__(self, tables: ShardedModule[Any, Any, Any, Any], ids: KeyedJaggedTensor) -> None:
         self._tables, self._context = tables, tables.create_context()
         self._leg = tables.input_dist(self._context, ids)
-        self._gone_on = False
 
     def go_on(self) -> None:
         """Wait for the first leg and begin the second."""
-        assert not self._gone_on
-        self._leg, self._gone_on = self._leg.wait(), True
+        self._leg = self._leg.wait()
 
     def look_up(self) -> Any:
         """What `tables(ids)` returns."""
-        if not self._gone_on:
-            self.go_on()
         return self._tables.compute_and_output_dist(self._context, self._leg.wait())
 
 
