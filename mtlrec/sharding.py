@@ -15,6 +15,7 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import nn
 from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbeddingBag
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
+from torchrec.distributed.sharding.dp_sharding import DpSparseFeaturesDist
 from torchrec.distributed.types import (
     EnumerableShardingSpec,
     ParameterSharding,
@@ -216,6 +217,15 @@ class _Undistributed(nn.Module):
 
 
 class _Tables(ShardedEmbeddingBagCollection):
+    def _create_input_dist(self, input_feature_names: list[str]) -> None:
+        """As TorchRec does; but one worker keeps its ids, instead of sending them to itself.
+
+        That costs several copies, and on CUDA the host waits for the device in each step.
+        """
+        super()._create_input_dist(input_feature_names)
+        if self._env.world_size == 1:
+            self._input_dists: list[nn.Module] = [DpSparseFeaturesDist() for _ in self._feature_splits]
+
     def init_data_parallel(self) -> None:
         """Leave the gradients of data-parallel tables to the one all-reduce of everything dense."""
         for index, sharding in enumerate(self._sharding_types):
