@@ -53,6 +53,9 @@ class Rows:
     labels: torch.Tensor
     """float32 [B, T]"""
 
+    def to(self, device: torch.device) -> Rows:
+        return Rows(self.ids.to(device), self.dense.to(device), self.labels.to(device))
+
 
 def first_batches(job: Job, count: int, world: World) -> list[Batch]:
     """This worker's first so many full batches of the job, for a side that has all of them in memory."""
@@ -112,7 +115,7 @@ class PlainModel(nn.Module):
 
 
 class Plain:
-    """The model, its optimizers, and the batches that it goes round and round."""
+    """The model, its optimizers, and the batches that it goes round and round, all on the worker's device."""
 
     def __init__(self, tables: Sequence[Table], batches: Sequence[Rows], world: World) -> None:
         configs = [
@@ -136,7 +139,9 @@ class Plain:
         wholly = ParameterConstraints(sharding_types=["table_wise"], compute_kernels=["fused"])
         planner = EmbeddingShardingPlanner(
             topology=Topology(
-                world_size=world.world_size, local_world_size=world.local_world_size, compute_device="cpu"
+                world_size=world.world_size,
+                local_world_size=world.local_world_size,
+                compute_device=world.device.type,
             ),
             batch_size=batches[0].dense.shape[0],
             constraints={table.name: wholly for table in tables},
@@ -152,7 +157,7 @@ class Plain:
         )
         dense = [value for name, value in self._model.named_parameters() if "tables." not in name]
         self._optimizer = torch.optim.Adam(dense, lr=LEARNING_RATES["dense"], fused=True)
-        self._batches, self.taken = list(batches), 0
+        self._batches, self.taken = [rows.to(world.device) for rows in batches], 0
         self.parameters = {
             "dense": sum(value.numel() for value in dense),
             "tables": sum(table.rows * table.dim for table in tables),

@@ -61,7 +61,9 @@ QUICK = Size(
 )
 
 
-def job(folder: Path, size: Size, workers: int, every_steps: int | None) -> dict[str, Any]:
+def job(
+    folder: Path, size: Size, workers: int, every_steps: int | None, device: str = "cpu"
+) -> dict[str, Any]:
     """The job over `folder`/data, whose runs go to `folder`/runs. every_steps: between two checkpoints; None:
     there is one at the end.
     """
@@ -100,6 +102,7 @@ def job(folder: Path, size: Size, workers: int, every_steps: int | None) -> dict
         "run": {
             "storage": str(folder / "runs"),
             "workers": 0,
+            "device": device,
             "epochs": 1_000_000,
             "checkpoint": {"every_steps": every_steps},
         },

@@ -52,11 +52,12 @@ class Turns:
         return self.settle + self.ours
 
 
-def take_turns(folder: Path, size: Size, workers: int, turns: Turns) -> list[Results]:
+def take_turns(folder: Path, size: Size, workers: int, turns: Turns, device: str = "cpu") -> list[Results]:
     """Train on the data in `folder`, on `workers` processes; what `work` returns, by rank."""
-    run = run_of(job(folder, size, workers, turns.period if turns.saves else None))
-    call = {"run": run, "turns": asdict(turns), "folder": str(folder / f"{workers}")}
-    return run_processes("benchmarks.turns:work", workers, folder / f"{workers}", call, timeout=1800)
+    run = run_of(job(folder, size, workers, turns.period if turns.saves else None, device))
+    where = folder / f"{workers} of {size.batch}"
+    call = {"run": run, "turns": asdict(turns), "folder": str(where)}
+    return run_processes("benchmarks.turns:work", workers, where, call, timeout=1800, device=device)
 
 
 def work(world: Any, run: dict[str, Any], turns: dict[str, Any], folder: str) -> Results:
@@ -67,7 +68,7 @@ def work(world: Any, run: dict[str, Any], turns: dict[str, Any], folder: str) ->
     from mtlrec.preflight import Run
     from mtlrec.train import train
 
-    if world.world_size <= (os.cpu_count() or 1):
+    if world.device.type == "cpu" and world.world_size <= (os.cpu_count() or 1):
         os.sched_setaffinity(0, {world.rank})
     with _Twin(folder, world.rank, world.world_size, run, Turns(**turns)) as twin:
         control = _control(world, Turns(**turns), twin)
@@ -116,15 +117,15 @@ def be_twin(folder: str, rank: int, workers: int, run: dict[str, Any], turns: Tu
     import torch
     import torch.distributed as dist
 
-    from mtlrec.distributed import shut_down, this_world
+    from mtlrec.distributed import backends, shut_down, this_world
 
     # Libraries may print.
     answers, sys.stdout = sys.stdout, sys.stderr
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/twins", workers)
-    limit = datetime.timedelta(seconds=1800)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=workers, timeout=limit)
-    plain = _plain(this_world("cpu"), run)
+    limit, device = datetime.timedelta(seconds=1800), run["job"]["run"]["device"]
+    dist.init_process_group(backends(device), store=store, rank=rank, world_size=workers, timeout=limit)
+    plain = _plain(this_world(device), run)
     first = plain.steps(1)
     plain.steps(turns.settle)
     print("ready", file=answers, flush=True)
@@ -145,6 +146,8 @@ def be_twin(folder: str, rank: int, workers: int, run: dict[str, Any], turns: Tu
 
 def _control(world: Any, turns: Turns, twin: _Twin) -> Any:
     """The control through which the sides alternate; made here, for it imports torch."""
+    import torch
+
     from mtlrec.control import Silent
     from mtlrec.display import Display
     from mtlrec.distributed import all_ok
@@ -176,6 +179,8 @@ def _control(world: Any, turns: Turns, twin: _Twin) -> Any:
             self.asked += 1
             if number < 0:
                 return False
+            if world.device.type == "cuda" and step in (0, turns.settle):
+                torch.cuda.synchronize()  # what the device has still to do belongs to the steps before
             if step == 0:
                 if number:
                     self.ours["wall"].append(time.perf_counter() - self.began[0])

@@ -41,11 +41,13 @@ def run_processes(
     *,
     timeout: float = 150.0,
     env: Mapping[str, str] | None = None,
+    device: str = "cpu",
 ) -> list[Results]:
     """Call `target` on `world_size` ranks at once and return what each returned, in rank order.
 
     `target` is "package.module:function". It is called as `function(world, **arguments)` in an initialised
     process group, and returns a dict whose values are numpy arrays or JSON data; `arguments` is JSON data.
+    `device`: "cpu" or "cuda", where each rank computes.
     `folder` (made if need be, a new one for every call) holds the group's store, the results and the logs.
     Every process has one arithmetic thread; `env` is added to its environment. Inside `forking` it comes from
     one that has imported all there is to import; else that costs each process several seconds.
@@ -55,7 +57,7 @@ def run_processes(
     """
     folder.mkdir(parents=True, exist_ok=True)
     assert not (folder / "call.json").exists(), f"{folder} was used by another call"
-    call: dict[str, Any] = {"target": target, "world_size": world_size, "timeout": timeout}
+    call: dict[str, Any] = {"target": target, "world_size": world_size, "timeout": timeout, "device": device}
     call["arguments"] = dict(arguments or {})
     (folder / "call.json").write_text(json.dumps(call))
     environment = {
@@ -239,19 +241,19 @@ def _main(folder: Path, rank: int) -> None:
     import torch.distributed as dist
 
     from mtlrec.commands.console import leave
-    from mtlrec.distributed import shut_down, this_world
+    from mtlrec.distributed import backends, shut_down, this_world
 
     call = json.loads((folder / "call.json").read_text())
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo",
+        backends(call["device"]),
         store=dist.FileStore(str(folder / "store"), call["world_size"]),
         rank=rank,
         world_size=call["world_size"],
         timeout=datetime.timedelta(seconds=call["timeout"]),
     )
     module, _, name = call["target"].partition(":")
-    results = getattr(importlib.import_module(module), name)(this_world("cpu"), **call["arguments"])
+    results = getattr(importlib.import_module(module), name)(this_world(call["device"]), **call["arguments"])
     arrays = {key: value for key, value in results.items() if isinstance(value, np.ndarray)}
     others = {key: value for key, value in results.items() if key not in arrays}
     np.savez(folder / f"{rank}.npz", allow_pickle=False, **arrays)

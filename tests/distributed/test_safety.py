@@ -82,8 +82,9 @@ def work(world: Any, data_url: str, cases: dict[str, dict[str, Any]]) -> Results
                 losses[path].append(done.losses)
             losses["plain"].append(plain_step(plain, batch, count))
         for path, trainer in (("ours", ours), ("late", late), ("plain", plain)):
-            found[f"{name}/{path}/losses"] = torch.stack(losses[path]).numpy()
-            found |= {f"{name}/{path}/{k}": v.detach().numpy().copy() for k, v in contents(trainer).items()}
+            found[f"{name}/{path}/losses"] = torch.stack(losses[path]).cpu().numpy()
+            kept = contents(trainer).items()
+            found |= {f"{name}/{path}/{k}": v.detach().cpu().numpy().copy() for k, v in kept}
     return found
 
 
@@ -97,13 +98,14 @@ def trainer_of(job: Any, schema: Any, world: Any) -> Any:
 
     model = shard(build_model(job, schema, world.device), job, world)
     initialise_tables(model, job.seed, job.model.table_init)
-    objective = build_objective(job, schema)
+    objective = build_objective(job, schema).to(world.device)
     return Trainer(model, DenseOptimizer(job, _Learnt(model, objective), world), objective, world, 0)
 
 
 def plain_step(trainer: Any, batch: Any, count: Any) -> Any:
     """The step as it is told in docs/architecture.md: one forward, one backward, one dense step."""
-    recommender = trainer.model.model
+    recommender, device = trainer.model.model, trainer.world.device
+    batch, count = batch.to(device), count.to(device)
     x = recommender.trunk_input(batch)
     outputs, embeddings = recommender.dense_part(x, batch), recommender.embeddings(x)
     loss, sums = trainer.objective.loss(outputs, batch, count, trainer.world.world_size, embeddings)
@@ -193,13 +195,16 @@ def faulty(trainer: Any, batch: Any, fault: str) -> Iterator[Any]:
             tensor.copy_(value)
 
 
+def write_numbers(folder: Path) -> None:
+    """What the rows of a batch are found in: 96 of them, as there are in it."""
+    pq.write_table(pa.table({"number": range(96)}), folder / "part-0.parquet", row_group_size=50)
+
+
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 worker", "2 workers"])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
     folder: Path = tmp_path_factory.mktemp("safety")
-    # What the rows of a batch are found in: 96 of them, as there are in it.
     (folder / "train").mkdir()
-    table = pa.table({"number": range(96)})
-    pq.write_table(table, folder / "train" / "part-0.parquet", row_group_size=50)
+    write_numbers(folder / "train")
     arguments = {"data_url": str(folder / "train"), "cases": CASES}
     return run_processes(f"{HERE}:work", request.param, folder / "run", arguments, timeout=400)
 

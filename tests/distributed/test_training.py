@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -208,6 +207,8 @@ class Session:
 
 @pytest.fixture(scope="module")
 def session(data: Path, tmp_path_factory: pytest.TempPathFactory, s3_endpoint: str) -> Iterator[Session]:
+    import boto3  # not where a GPU is lent: tests/on_device.py runs what this file gives to workers
+
     from tests.s3_server import AWS
 
     with pytest.MonkeyPatch.context() as patch:
