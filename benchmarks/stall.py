@@ -7,13 +7,16 @@ in stretches of steps; every other one has a checkpoint begun at its start, so t
 in turn. The ratio is the time of 200 steps without by that of 200 steps with a checkpoint; `cpu` is the same
 ratio of a worker's processor time, all its threads: where the cores have other work too, that is what can be
 told apart. The checkpoint has to be complete before its stretch ends (`complete_in_its_stretch`); `copy_s` is
-the part of it in which nothing else happens: the copy in memory; `write_s` all of it.
+the part of it in which nothing else happens: the copy in memory; `write_s` all of it. `stolen_s`: seconds in
+which this machine's cores wanted to run and were not let, of stretches without and with: a virtual machine's
+host may take from its cores what it does for its disk. `but_stolen` is the ratio without that.
 
 The full size takes 6 minutes, 10 GiB of memory and 10 GiB on the disk; `--quick` (a few MiB) 15 s.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import time
@@ -54,6 +57,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     )
     assert wall.shape == (WORKERS, 2 * asked.repeats)
     copies, writes = results[0]["copies"], results[0]["writes"]
+    # [stretches]: of the whole machine, on all its cores together.
+    stolen = np.diff(np.array(results[0]["stolen"])[:: asked.stretch])[1:]
 
     def shares(lengths: np.ndarray) -> list[float]:
         # One without a checkpoint, then one with.
@@ -64,6 +69,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "stall",
         {"stall": ratio(shares(wall[0]), MUST, AIM)},
         cpu=spread(shares(cpu.mean(axis=0))),
+        but_stolen=spread(shares(wall[0] - stolen / (os.cpu_count() or 1))),
+        stolen_s={"without": spread(stolen[0::2].tolist()), "with": spread(stolen[1::2].tolist())},
         gib=asked.gib,
         workers=WORKERS,
         repeats=asked.repeats,
@@ -80,20 +87,23 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 def training(world: Any, run: dict[str, Any], stretch: int) -> Results:
     """In a worker: train, with a checkpoint at the start of every other stretch.
 
-    `wall`, `cpu`: this process's clocks before each step. Seconds of each copy, and until each was complete.
+    `wall`, `cpu`: this process's clocks before each step; `stolen`: the machine's. Seconds of each copy, and
+    until each was complete.
     """
     from mtlrec.checkpoint.snapshot import Snapshot
     from mtlrec.control import Silent
     from mtlrec.preflight import Run
     from mtlrec.train import train
 
-    found: dict[str, list[float]] = {"wall": [], "cpu": [], "copies": [], "writes": []}
+    found: dict[str, list[float]] = {"wall": [], "cpu": [], "stolen": []}
+    found |= {"copies": [], "writes": []}
     began: list[float] = []
 
     class Clock(Silent):
         def should_stop(self) -> bool:
             found["wall"].append(time.perf_counter())
             found["cpu"].append(time.process_time())
+            found["stolen"].append(stolen())
             return False
 
         def should_save(self) -> bool:
@@ -116,6 +126,12 @@ def training(world: Any, run: dict[str, Any], stretch: int) -> Results:
         train(Run(**run), world, Clock())
     del found["writes"][-1]  # the run's end, which waits for it
     return dict(found)
+
+
+def stolen() -> float:
+    """Seconds, since this machine was started and over all its cores, that its host kept from them."""
+    with open("/proc/stat") as file:
+        return int(file.readline().split()[8]) / os.sysconf("SC_CLK_TCK")
 
 
 def _prepare(folder: Path, rows: int, batch: int, steps: int) -> dict[str, Any]:

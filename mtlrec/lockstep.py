@@ -75,14 +75,14 @@ def in_step(
         mine = amounts_of(batch) if batch is not None else torch.zeros(size, dtype=torch.float64)
         total = all_reduce_sum(torch.cat([head, mine]), world)
         watchdog.alive("a step's exchange")
-        if total[0] > 0:
+        failures, present, last, all_rows, *flags = total[: len(head)].tolist()
+        if failures > 0:
             raise InputError(all_ok(failure, world)[0])
-        if total[1] == 0:
+        if present == 0:
             return
         assert batch is not None, "the order gives every rank the same number of batches"
-        flags = tuple(bool(value > 0) for value in total[4 : 4 + len(raised)])
-        totals = Totals(total[4 + len(raised) :], int(total[3]), flags)
-        yield batch, totals, upcoming if total[2] == 0 else None
+        totals = Totals(total[len(head) :], int(all_rows), tuple(flag > 0 for flag in flags))
+        yield batch, totals, upcoming if last == 0 else None
         batch, failure = upcoming, next_failure
 
 
