@@ -36,8 +36,6 @@ CUDA_OPTIMIZERS = ("adam", "partial_rowwise_adam", "lamb")
 PLANS = ("row_wise", "table_wise", "data_parallel", "column_wise", "auto")
 CLOSE = 1e-3
 """Relative difference of losses."""
-
-
 CHECKS = (
     "steps",
     "plans_and_optimizers",
@@ -102,12 +100,14 @@ class Checks:
     def goes_on_elsewhere(self) -> None:
         """20 steps on one device and 20 on the other, both ways, and 20 and 20 on this one, are 40."""
         jobs = {name: self._job(name) for name in ("there-here", "here-there", "there-there", "straight")}
-        half = {name: {**job, "run": job["run"] | {"max_steps": HALF}} for name, job in jobs.items()}
-        both = ("there-here", "there-there")
-        self._train(self.device, "first", {name: half[name] for name in both})
-        self._train("cpu", "first", {"here-there": half["here-there"]})
-        on_cpu = self._train("cpu", "second", {name: jobs[name] for name in ("there-here", "straight")})
-        rest = self._train(self.device, "second", {name: jobs[name] for name in (*both[1:], "here-there")})
+
+        def some(*names: str) -> dict[str, Any]:
+            return {name: jobs[name] for name in names}
+
+        self._train(self.device, "first", half(some("there-here", "there-there")))
+        self._train("cpu", "first", half(some("here-there")))
+        on_cpu = self._train("cpu", "second", some("there-here", "straight"))
+        rest = self._train(self.device, "second", some("there-there", "here-there"))
         straight, rest = on_cpu.pop("straight")["losses"], rest | on_cpu
         for name, result in rest.items():
             assert len(result["losses"]) == STEPS - HALF, "it began where the other had stopped"
@@ -124,11 +124,7 @@ class Checks:
         straight = self._train(
             self.device, "straight", {f"{name}-straight": job for name, job in jobs.items()}
         )
-        self._train(
-            self.device,
-            "first",
-            {name: {**job, "run": job["run"] | {"max_steps": HALF}} for name, job in jobs.items()},
-        )
+        self._train(self.device, "first", half(jobs))
         rest = self._train(self.device, "second", jobs)
         for name, result in rest.items():
             whole = straight[f"{name}-straight"]["losses"].sum(axis=1)
@@ -230,6 +226,11 @@ def without_waiting(world: Any, run: dict[str, Any]) -> Results:
     with mock.patch.object(Trainer, "train_step", counted):
         train(Run(**run), world, Silent())
     return dict(found)
+
+
+def half(jobs: dict[str, Any]) -> dict[str, Any]:
+    """The same jobs, for their first steps alone."""
+    return {name: {**job, "run": job["run"] | {"max_steps": HALF}} for name, job in jobs.items()}
 
 
 def difference(mine: np.ndarray, theirs: np.ndarray) -> float:
