@@ -13,7 +13,7 @@ of the kernels: 64 bytes for each row looked up and each pooled embedding, 8 for
 backward with its optimizer) each distinct row read and written, with 4 bytes of state, and a pooled gradient
 and an id read for each lookup. `share`: of what a copy within the GPU's memory moves, read and written.
 
-Needs a GPU with 20 GB, and 30 GB on the disk; about four minutes. `--device cpu` with `--quick`: a few
+Needs a GPU with 20 GB, and 30 GB on the disk; about seven minutes. `--device cpu` with `--quick`: a few
 seconds, to see that it runs.
 """
 
@@ -46,6 +46,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options.add_argument("--ours", type=int, default=400, help="steps of a turn of ours at the largest batch")
     options.add_argument("--plain", type=int, default=100, help="of the plain side")
     asked = options.parse_args(arguments)
+    need(asked.device)
     large = LARGE
     if asked.quick:
         large, asked.batches, asked.repeats, asked.ours, asked.plain = QUICK, (256,), 2, 6, 4
@@ -83,6 +84,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         table_rows=large.table_rows,
         size={key: value for key, value in asdict(large).items() if key != "batch"},
     )
+
+
+def need(device: str) -> None:
+    """Ends with a line where there is no such device."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("torch finds no CUDA device here (mtlrec doctor --device cuda says more)")
 
 
 def lookups(world: Any, run: dict[str, Any], repeats: int) -> Results:

@@ -70,7 +70,7 @@ def job(
     others = {f"id{n}": {"kind": "id", "rows": rows} for n, rows in enumerate(size.others)}
     numbers = ("log1p", "standardise", "none")
     return {
-        "name": f"workers-{workers}",
+        "name": f"workers-{workers}-of-{size.batch}",
         "seed": 1,
         "schema": {
             "scenario": {"column": "country", "values": list(SCENARIOS)},

@@ -23,6 +23,7 @@ from unittest import mock
 
 import numpy as np
 
+from benchmarks.gpu import need
 from benchmarks.measure import run_of
 from tests.distributed import test_everything, test_safety
 from tests.distributed.processes import Results, run_processes
@@ -245,6 +246,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--folder", type=Path, help="where to write; default: the folder of temporary files")
     parser.add_argument("checks", nargs="*", choices=(*CHECKS, []), help="default: all")
     asked = parser.parse_args(arguments)
+    need(asked.device)
     failed = []
     with tempfile.TemporaryDirectory(prefix="mtlrec-on-device-", dir=asked.folder) as scratch:
         checks = Checks(Path(scratch), asked.device)
