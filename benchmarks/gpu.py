@@ -22,6 +22,7 @@ from __future__ import annotations
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     large = LARGE
     if asked.quick:
         large, asked.batches, asked.repeats, asked.ours, asked.plain = QUICK, (256,), 2, 6, 4
-    ratios, samples, parts, losses, saved, lookups = {}, {}, {}, {}, {}, {}
+    device, ratios, samples, parts, losses, saved, alone = "", {}, {}, {}, {}, {}, {}
     with tempfile.TemporaryDirectory(prefix="mtlrec-benchmark-", dir=asked.folder) as scratch:
         folder = Path(scratch)
         write_data(folder, large)
@@ -58,10 +59,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         for batch in asked.batches:
             size, key = replace(large, batch=batch), f"batch_{batch}"
             call = {"run": run_of(job(folder, size, 1, None, asked.device)), "repeats": max(asked.repeats, 2)}
-            lookups[key] = run_processes(
+            alone[key] = run_processes(
                 "benchmarks.gpu:lookups", 1, folder / key, call, timeout=600, device=asked.device
             )[0]
-            progress(f"{batch} rows a step: {lookups[key]}")
+            device = alone[key].pop("device")
+            progress(f"{batch} rows a step: {alone[key]}")
             # A turn is as long in rows whatever the batch, up to four times as many steps.
             longer = min(max(asked.batches) // batch, 4)
             turns = Turns(asked.repeats, ours=longer * asked.ours, plain=longer * asked.plain)
@@ -75,12 +77,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     return report(
         "gpu",
         ratios,
-        device=next(iter(lookups.values())).pop("device"),
+        device=device,
         samples_per_s=samples,
         parts_ms=parts,
         losses=losses,
         checkpoints=saved,
-        lookups=lookups,
+        lookups=alone,
         table_rows=large.table_rows,
         size={key: value for key, value in asdict(large).items() if key != "batch"},
     )
@@ -167,8 +169,6 @@ def _by_table(batch: Any, schema: Any) -> list[Any]:
 
 def seconds(action: Callable[[], Any], rounds: int, cuda: bool) -> float:
     """Of one call, when so many follow one another; on a GPU by its own clock."""
-    import time
-
     import torch
 
     if not cuda:

@@ -95,8 +95,7 @@ def training(world: Any, run: dict[str, Any], stretch: int) -> Results:
     from mtlrec.preflight import Run
     from mtlrec.train import train
 
-    found: dict[str, list[float]] = {"wall": [], "cpu": [], "stolen": []}
-    found |= {"copies": [], "writes": []}
+    found: dict[str, list[float]] = {name: [] for name in ("wall", "cpu", "stolen", "copies", "writes")}
     began: list[float] = []
 
     class Clock(Silent):

@@ -15,8 +15,6 @@ import json
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,6 +25,7 @@ from benchmarks.gpu import need
 from benchmarks.measure import run_of
 from tests.distributed import test_everything, test_safety
 from tests.distributed.processes import Results, run_processes
+from tests.distributed.test_training import assert_metrics_agree
 from tests.small_data import small_job, write_small_data
 
 HERE = "tests.on_device"
@@ -85,7 +84,7 @@ class Checks:
     def plans_and_optimizers(self) -> None:
         """The losses of 40 steps are those of the CPU, for each plan and optimizer that the CPU has."""
         jobs = {kind: self._job(kind, tables=kind) for kind in OPTIMIZERS}
-        jobs |= {plan: self._job(plan, plan, "adagrad" if plan == "column_wise" else None) for plan in PLANS}
+        jobs |= {plan: self._job(plan, plan) for plan in PLANS}
         self._same("plans_and_optimizers", jobs)
 
     def everything(self) -> None:
@@ -156,10 +155,11 @@ class Checks:
         job = small_job(self.data, self.folder / "runs", name, run__sharding=sharding)
         job["data"]["eval"] = str(self.folder / "valid")
         job["run"]["max_steps"] = STEPS
-        # As in test_training: a gradient of nearly zero decides by its sign else.
-        job["optimizer"]["tables"] = {"kind": tables or "rowwise_adagrad"} | ({"lr": lr} if lr else {})
-        if tables == "adagrad" or sharding == "column_wise":
-            job["optimizer"]["tables"] |= {"kind": "adagrad", "eps": 1e-4}
+        kind = tables or ("adagrad" if sharding == "column_wise" else "rowwise_adagrad")
+        job["optimizer"]["tables"] = {"kind": kind} | ({"lr": lr} if lr else {})
+        if kind == "adagrad":
+            # As in test_training: a gradient of nearly zero decides by its sign else.
+            job["optimizer"]["tables"]["eps"] = 1e-4
         return job
 
     def _same(self, name: str, jobs: dict[str, Any]) -> None:
@@ -169,13 +169,7 @@ class Checks:
             assert len(result["losses"]) == STEPS
             self.found[each] = difference(result["losses"], here[each]["losses"])
             assert self.found[each] < CLOSE, (each, self.found[each])
-            for scenario, by_task in here[each]["metrics"].items():
-                for task, numbers in by_task.items():
-                    for metric, value in numbers.items():
-                        mine = result["metrics"][scenario][task][metric]
-                        assert mine == value or abs(mine - value) < 5e-3 * max(1.0, abs(value)), (
-                            each, scenario, task, metric, mine, value,
-                        )  # fmt: skip
+            assert_metrics_agree(result["metrics"], here[each]["metrics"], rel=5e-3, absolute=5e-3)
 
     def _train(self, device: str, tag: str, jobs: dict[str, Any], suffix: str = "") -> dict[str, Any]:
         """Name -> result, with its `losses`, all in one process on `device`."""
@@ -205,24 +199,17 @@ def without_waiting(world: Any, run: dict[str, Any]) -> Results:
 
     found = {"steps": 0, "watched": 0}
     step = Trainer.train_step
-
-    @contextmanager
-    def watched() -> Iterator[None]:
-        found["watched"] += 1
-        if world.device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            if world.device.type == "cuda":
-                torch.cuda.set_sync_debug_mode("default")
+    watch = torch.cuda.set_sync_debug_mode if world.device.type == "cuda" else lambda mode: None
 
     def counted(*arguments: Any) -> Any:
         found["steps"] += 1
-        if found["steps"] <= 5:
+        if found["steps"] > 5:
+            found["watched"] += 1
+            watch("error")
+        try:
             return step(*arguments)
-        with watched():
-            return step(*arguments)
+        finally:
+            watch("default")
 
     with mock.patch.object(Trainer, "train_step", counted):
         train(Run(**run), world, Silent())

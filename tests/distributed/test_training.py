@@ -240,20 +240,21 @@ def test_the_sequence_of_samples_is_the_same_and_every_row_comes_once_an_epoch(s
     assert len(second) > 800 and second != epoch[: len(second)], "every epoch has an order of its own"
 
 
+def assert_metrics_agree(
+    metrics: dict[str, Any], reference: dict[str, Any], rel: float, absolute: float | None = None
+) -> None:
+    """Of each scenario and task; `rel`, `absolute`: of all that is no count, as pytest.approx has it."""
+    for scenario, by_task in reference.items():
+        for task, numbers in by_task.items():
+            for name, value in numbers.items():
+                expected = pytest.approx(value, rel=rel, abs=absolute) if isinstance(value, float) else value
+                assert metrics[scenario][task][name] == expected, (scenario, task, name)
+
+
 def test_metrics_do_not_depend_on_workers(session: Session) -> None:
     reference = session.trained[1, "row_wise"]["metrics"]
     for workers in (2, 3):
-        metrics = session.trained[workers, "row_wise"]["metrics"]
-        for scenario, by_task in reference.items():
-            for task, numbers in by_task.items():
-                for name, value in numbers.items():
-                    if isinstance(value, float):
-                        assert metrics[scenario][task][name] == pytest.approx(value, rel=2e-3), (
-                            scenario,
-                            name,
-                        )
-                    else:
-                        assert metrics[scenario][task][name] == value
+        assert_metrics_agree(session.trained[workers, "row_wise"]["metrics"], reference, rel=2e-3)
 
 
 def test_predictions_of_one_checkpoint_do_not_depend_on_workers(session: Session) -> None:
